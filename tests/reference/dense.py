@@ -32,7 +32,7 @@ class DenseLayer:
     pattern                                     [H, N, N]   row i attends to column j
     v                                           [H, N, d_h] what head h reads, KV heads repeated
     W_O, b_O                                    [H, d_h, d], [d]
-    gain, scale                                 [d], [N]    the norm between W_O and the residual; ones if there is none
+    gain, scale                                 [d], [N]    the norm after W_O; ones if there is none
     """
 
     resid_pre: Tensor

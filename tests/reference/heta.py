@@ -282,7 +282,7 @@ def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 def combine(
     M: Tensor,
     S: Tensor,
-    I: Tensor,
+    info: Tensor,
     beta: float = 0.5,
     gamma: float = 0.5,
     rescale: bool = False,
@@ -339,7 +339,7 @@ def heta(
 
 
 def windows(n: int, size: int, overlap: float = 0.5) -> list[Span]:
-    """Windows [a, a + size) with a = 0, s, 2s, ..., s = size (1 - overlap), the last one cut off at n (Algorithm 1)."""
+    """Windows [a, a + size) with a = 0, s, 2s, ..., s = size (1 - overlap), the last one cut at n (Algorithm 1)."""
     stride = max(1, round(size * (1 - overlap)))
     spans = [(0, min(size, n))]
     while spans[-1][1] < n:
