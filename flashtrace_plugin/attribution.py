@@ -1,0 +1,147 @@
+"""The result of an attribution: numbers, tokens, spans and settings, saved and loaded without loss."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from flashtrace_plugin.errors import InputError
+from flashtrace_plugin.spans import Span
+
+FORMAT = "flashtrace-attribution/1"
+
+
+class TokenScore(NamedTuple):
+    """One token of the prompt with its score."""
+
+    position: int
+    token: str
+    score: float
+
+
+@dataclass(frozen=True, eq=False)
+class Attribution:
+    """Importance of the prompt's tokens for the target. All tensors are float32, on the CPU and detached.
+
+    scores:          [prompt_length]   importance of each prompt token
+    hop_scores:      [hops+1, N]       alpha_k over all positions: how mass moves from reasoning to prompt
+    reasoning_mass:  [hops+1]          rho_k, share of hop k's mass that lies on the reasoning (Eq. 11/23)
+    head_scores:     [hops+1, L, H]    share of each head
+    residual_shares: [hops+1, L]       share of the residual bypass
+    mlp_shares:      [hops+1, L]       share of the MLP in the layer's output (Eq. 21)
+    components:      parts by name; HETA: gate, curvature, information; IFR: per_token [M, N]
+    tokens:          N pieces of text
+    token_ids:       N ids
+    prompt, reasoning, target: spans of token positions; reasoning is None if there is none
+    method, settings: what was run
+    closure_error:   largest relative gap between the parts read from the model and the whole
+    """
+
+    scores: Tensor
+    hop_scores: Tensor
+    reasoning_mass: Tensor
+    head_scores: Tensor
+    residual_shares: Tensor
+    mlp_shares: Tensor
+    tokens: tuple[str, ...]
+    token_ids: tuple[int, ...]
+    prompt: Span
+    reasoning: Span | None
+    target: Span
+    method: str
+    closure_error: float
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    components: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def hops(self) -> int:
+        """Number of hops through the reasoning that were asked for."""
+        return len(self.hop_scores) - 1
+
+    def top(self, k: int = 10) -> list[TokenScore]:
+        """The k highest-scoring prompt tokens, best first; ties in the order of the text."""
+        order = self.scores.argsort(descending=True, stable=True)[:k].tolist()
+        return [TokenScore(i, self.tokens[i], float(self.scores[i])) for i in order]
+
+    def text(self, span: Span) -> str:
+        """The text of a span."""
+        return "".join(self.tokens[span.slice])
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Attribution) and self.to_dict() == other.to_dict()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists, numbers and strings, ready for JSON."""
+        return {"format": FORMAT} | {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Attribution:
+        """The inverse of :meth:`to_dict`. Raises InputError for anything else."""
+        if data.get("format") != FORMAT:
+            raise InputError(f"not an attribution: format is {data.get('format')!r}, expected {FORMAT!r}")
+        missing = [f.name for f in fields(cls) if f.name not in data]
+        if missing:
+            raise InputError(f"the attribution lacks {', '.join(missing)}; was the file cut off?")
+        values = {f.name: data[f.name] for f in fields(cls)}
+        for name in _TENSORS:
+            values[name] = _tensor(values[name])
+        for name in ("prompt", "reasoning", "target"):
+            values[name] = None if values[name] is None else Span(*values[name])
+        values["components"] = {name: _tensor(value) for name, value in values["components"].items()}
+        values["tokens"], values["token_ids"] = tuple(values["tokens"]), tuple(values["token_ids"])
+        return cls(**values)
+
+    def save(self, path: str | Path) -> None:
+        """Writes JSON. float32 numbers survive exactly, and :meth:`load` gives an equal object."""
+        Path(path).write_text(json.dumps(self.to_dict(), ensure_ascii=False), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Attribution:
+        """Reads what :meth:`save` wrote. Raises InputError for another kind of file."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path} is not JSON ({error}); expected a file written by Attribution.save") from error
+        if not isinstance(data, dict):
+            raise InputError(f"{path} holds no attribution; expected a file written by Attribution.save")
+        return cls.from_dict(data)
+
+    def to_html(self, path: str | Path) -> None:
+        """Writes a report that opens in any browser without a network."""
+        from flashtrace_plugin.report.html import render
+
+        Path(path).write_text(render(self), encoding="utf-8")
+
+    def _repr_html_(self) -> str:
+        from flashtrace_plugin.report.html import render
+
+        return render(self, fragment=True)
+
+    def __repr__(self) -> str:
+        best = ", ".join(f"{t.token.strip()!r} {t.score:.3f}" for t in self.top(5))
+        return f"Attribution({self.method}, target {self.text(self.target)!r}, hops {self.hops}; top: {best})"
+
+
+_TENSORS = ("scores", "hop_scores", "reasoning_mass", "head_scores", "residual_shares", "mlp_shares")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.tolist()
+    if isinstance(value, Span):
+        return [value.start, value.stop]
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _tensor(value: Any) -> Tensor:
+    return torch.tensor(value, dtype=torch.float32)

@@ -1,0 +1,24 @@
+"""The exceptions of the package: one base class, so that one ``except`` clause is enough."""
+
+
+class FlashTraceError(ValueError):
+    """Base class of every error that the package raises about its input or the model.
+
+    The message gives the value, the bound it broke and the remedy.
+    """
+
+
+class SpanError(FlashTraceError):
+    """A span is outside the text, empty, reversed, overlapping or cannot be found."""
+
+
+class InputError(FlashTraceError):
+    """Token ids, texts or options are not usable."""
+
+
+class UnsupportedModelError(FlashTraceError):
+    """The model's architecture cannot be decomposed, so it is refused instead of guessed at."""
+
+
+class ClosureError(FlashTraceError):
+    """The parts read from the model do not add up to its residual stream."""

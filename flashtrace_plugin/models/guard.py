@@ -1,0 +1,74 @@
+"""Checks before a model is run, and the promise to leave it as it was found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from flashtrace_plugin.errors import InputError, UnsupportedModelError
+
+
+def check_model(model: object) -> PreTrainedModel:
+    """The model itself, if it is a decoder-only language model of transformers."""
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"expected a Hugging Face causal language model, got {type(model).__name__}; "
+            "load one with transformers.AutoModelForCausalLM.from_pretrained(...)"
+        )
+    if model.config.is_encoder_decoder:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is an encoder-decoder; only decoder-only models can be attributed"
+        )
+    if model.get_output_embeddings() is None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no language-model head; load it with AutoModelForCausalLM"
+        )
+    return model
+
+
+def check_ids(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
+    """The ids as [1, N] on the model's device. Raises InputError with the value and its bound."""
+    if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
+        raise InputError(f"input_ids must be integers, got {input_ids.dtype}")
+    if (input_ids.dim() == 2 and input_ids.shape[0] != 1) or input_ids.dim() not in (1, 2):
+        raise InputError(
+            f"input_ids must be [N] or [1, N], got {list(input_ids.shape)}; pass several sequences to attribute_batch"
+        )
+    ids = input_ids.reshape(1, -1).long()
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    bad = ids[(ids < 0) | (ids >= vocabulary)]
+    if len(bad):
+        raise InputError(
+            f"token id {int(bad[0])} is outside the vocabulary 0..{vocabulary - 1}; is this the model's tokenizer?"
+        )
+    limit = position_limit(model)
+    if limit is not None and ids.shape[1] > limit:
+        raise InputError(f"the sequence has {ids.shape[1]} tokens, the model has {limit} positions; shorten the text")
+    return ids.to(model.get_input_embeddings().weight.device)
+
+
+def position_limit(model: PreTrainedModel) -> int | None:
+    """Number of positions the model was made for, where the configuration states one."""
+    config = model.config.get_text_config()
+    for name in ("max_position_embeddings", "n_positions"):
+        limit = getattr(config, name, None)
+        if limit is not None:
+            return int(limit)
+    return None
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Switches every module to evaluation, so that dropout cannot make the numbers random, and back again."""
+    training = [m for m in model.modules() if m.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
