@@ -1,0 +1,74 @@
+"""Log-probability of a generation after many variants of its prompt, in batches."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from flashtrace_plugin.errors import InputError, SpanError
+from flashtrace_plugin.models.guard import check_ids, check_model, evaluating
+from flashtrace_plugin.spans import Span
+
+LOGIT_BYTES = 1 << 28
+"""Size of a batch's float32 logits when the caller sets no batch size."""
+
+
+def log_likelihood(model: object, input_ids: Tensor, *, generation: Span, batch_size: int | None = None) -> Tensor:
+    """log P(generation | what precedes it) for each row, in nats, summed over the generation.
+
+    model:      a Hugging Face causal language model; run in evaluation mode without gradients, left as it was found
+    input_ids:  [rows, N]   variants of one sequence
+    generation: positions whose tokens are scored; at least one token precedes them
+    batch_size: rows per forward pass; by default as many as keep the logits under ``LOGIT_BYTES``
+    result:     [rows]      float64, on the CPU
+
+    Logits are computed for the positions that predict the generation only, and their log-softmax is in float32
+    whatever the model's dtype. Raises InputError for a result that is not finite.
+    """
+    lm = check_model(model)
+    ids = torch.stack([check_ids(lm, row)[0] for row in input_ids])
+    if not 0 < generation.start < generation.stop <= ids.shape[1]:
+        raise SpanError(f"generation {generation} must lie in 1:{ids.shape[1]}, with a token before it to predict it")
+    size = _batch_size(lm, generation, batch_size)
+    with evaluating(lm), torch.no_grad():
+        found = torch.cat([_batch(lm, part, generation) for part in ids.split(size)]).cpu()
+    bad = (~found.isfinite()).nonzero()[:, 0]
+    if len(bad):
+        raise InputError(
+            f"log P of the generation is {float(found[bad[0]])} for variant {int(bad[0])} of {len(found)}; "
+            "run the model in float32 or bfloat16"
+        )
+    return found
+
+
+def _batch(model: PreTrainedModel, ids: Tensor, generation: Span) -> Tensor:
+    """log P for rows [b, N]. The last token predicts nothing that is asked for, so it is not run. result: [b]"""
+    kept = {"logits_to_keep": len(generation)} if _keeps_logits(model) else {}
+    given = ids[:, : generation.stop - 1]
+    # A replacement token is read like any other, even if it is the pad token, so nothing is masked.
+    out = model(input_ids=given, attention_mask=torch.ones_like(given), use_cache=False, **kept)
+    logits = out.logits[:, -len(generation) :]
+    rows = [_row(row, wanted) for row, wanted in zip(logits, ids[:, generation.slice], strict=True)]
+    return torch.stack(rows)
+
+
+def _row(logits: Tensor, wanted: Tensor) -> Tensor:
+    """One row at a time, so that only one row's float32 copy exists. logits: [G, V]; wanted: [G]; result: []"""
+    found = logits.float().log_softmax(-1).gather(-1, wanted.to(logits.device)[:, None])
+    return found.double().sum()
+
+
+def _keeps_logits(model: PreTrainedModel) -> bool:
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
+
+
+def _batch_size(model: PreTrainedModel, generation: Span, wanted: int | None) -> int:
+    if wanted is None:
+        vocabulary = model.get_input_embeddings().weight.shape[0]
+        return max(1, LOGIT_BYTES // (4 * vocabulary * len(generation)))
+    if wanted < 1:
+        raise InputError(f"batch_size must be at least 1, got {wanted}")
+    return wanted
