@@ -308,17 +308,18 @@ class RecursiveAttribution(LayerMethod):
         hops: list[Hop] = []
 
         def step(weights: Tensor) -> Tensor:
-            hops.append(_mixture(each, weights[rows]))
-            return weights[rows] @ matrix
+            # Normalised, because rho already carries how much mass is passed on (Eq. 12).
+            w = weights[rows] / weights[rows].sum()
+            hops.append(_mixture(each, w))
+            return w @ matrix
 
-        initial = task.mask(task.target) / len(task.target)
+        initial = task.mask(task.target).float()
         found = recurse(step, initial, task.mask(task.reasoning), self.hops if task.reasoning else 0)
         return _numbers(task, found, hops, self.hops)
 
 
-def _mixture(each: Hop, weights: Tensor) -> Hop:
-    """Shares of a weighted mean of rows."""
-    w = weights / weights.sum()
+def _mixture(each: Hop, w: Tensor) -> Hop:
+    """Shares of a weighted mean of rows; w: [B], sum 1."""
     return Hop(
         alpha=(w @ each.alpha)[None],
         head_shares=torch.einsum("b,blh->lh", w, each.head_shares)[None],

@@ -13,7 +13,7 @@ from flashtrace_plugin.core.pattern import pattern_rows, weighted_flow
 from flashtrace_plugin.core.proximity import proximity, source_proximity
 
 ROW_BLOCK = 32
-"""Token-wise methods handle this many target rows at a time, sharing v W_O among them."""
+"""Token-wise methods handle this many target rows at a time: [ROW_BLOCK, H, N] is the largest thing they hold."""
 
 
 @dataclass(frozen=True)
@@ -65,14 +65,17 @@ def row_hops(layers: Sequence[Layer], rows: Tensor, length: int) -> Hop:
     """Attributes every chosen row by itself: the token-wise method that FlashTrace aggregates away (Eq. 30).
 
     rows: [B]   indices into the recorded positions, increasing
-    The cost is B times that of the proximity in :func:`one_hop`; v W_O is shared by ``ROW_BLOCK`` rows.
+    The cost is B times that of the proximity in :func:`one_hop`; the flow costs the same.
     """
     blocks = [_row_block(layers, part, length) for part in rows.split(ROW_BLOCK)]
     worst = max(blocks, key=lambda b: b.closure_error)
-    return replace(worst, **{name: torch.cat([getattr(b, name) for b in blocks]) for name in _SHARES})
-
-
-_SHARES = ("alpha", "head_shares", "residual_shares", "mlp_shares")
+    return replace(
+        worst,
+        alpha=torch.cat([b.alpha for b in blocks]),
+        head_shares=torch.cat([b.head_shares for b in blocks]),
+        residual_shares=torch.cat([b.residual_shares for b in blocks]),
+        mlp_shares=torch.cat([b.mlp_shares for b in blocks]),
+    )
 
 
 def _row_block(layers: Sequence[Layer], rows: Tensor, length: int) -> Hop:

@@ -1,0 +1,146 @@
+"""Bad input gets an error of our own with the value, the bound and the remedy, and the model stays as it was."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from flashtrace_plugin import (
+    IFR,
+    FlashTrace,
+    FlashTraceError,
+    InputError,
+    RecursiveAttribution,
+    Span,
+    SpanError,
+    UnsupportedModelError,
+)
+from tests.tiny import random_ids, tiny
+
+IDS = random_ids(20)
+SPANS = {"prompt_length": 8, "target": Span(15, 18), "reasoning": Span(9, 14)}
+
+
+def state(model: nn.Module) -> dict:
+    """Everything about a model that a call must not change."""
+    return {
+        "hooks": sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()),
+        "attention": model.config._attn_implementation,
+        "training": [m.training for m in model.modules()],
+        "grad": [(p.requires_grad, p.grad) for p in model.parameters()],
+        "forwards": ["forward" in m.__dict__ for m in model.modules()],
+        "weights": [p.data_ptr() for p in model.parameters()],
+    }
+
+
+@pytest.mark.parametrize("method", [FlashTrace, IFR, RecursiveAttribution])
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+def test_a_model_is_left_as_it_was_found(method, kernel):
+    model = tiny("llama")
+    model.set_attn_implementation(kernel)
+    model.train()
+    model.lm_head.eval()
+    before = state(model)
+    method(model).attribute_ids(IDS, **SPANS)
+    assert state(model) == before
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_a_model_is_left_as_it_was_found_after_an_interruption(error):
+    model = tiny("llama").train()
+
+    def interrupt(*_):
+        raise error
+
+    handle = model.model.layers[2].mlp.register_forward_hook(interrupt)
+    before = state(model)
+    with pytest.raises(error):
+        FlashTrace(model).attribute_ids(IDS, **SPANS)
+    assert state(model) == before
+    handle.remove()
+    FlashTrace(model).attribute_ids(IDS, **SPANS)
+
+
+def test_dropout_is_switched_off_for_the_call():
+    model = tiny("llama", attention_dropout=0.5)
+    expected = FlashTrace(model).attribute_ids(IDS, **SPANS)
+    assert FlashTrace(model.train()).attribute_ids(IDS, **SPANS) == expected and model.training
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (IDS.float(), "must be integers, got torch.float32"),
+        (IDS.reshape(2, 10), r"must be \[N\] or \[1, N\], got \[2, 10\]"),
+        (torch.cat([IDS, torch.tensor([512])]), "token id 512 is outside the vocabulary 0..511"),
+        (torch.cat([torch.tensor([-1]), IDS]), "token id -1 is outside"),
+        (random_ids(129), "the sequence has 129 tokens, the model has 128 positions"),
+    ],
+)
+def test_ids_the_model_cannot_take_are_refused(ids, message):
+    with pytest.raises(InputError, match=message):
+        FlashTrace(tiny("llama")).attribute_ids(ids, **SPANS)
+
+
+def test_a_batch_of_one_is_one_sequence():
+    method = FlashTrace(tiny("llama"))
+    assert method.attribute_ids(IDS[None], **SPANS) == method.attribute_ids(IDS, **SPANS)
+
+
+def test_spans_are_checked_before_the_model_runs():
+    with pytest.raises(SpanError, match="outside the generation"):
+        FlashTrace(tiny("llama")).attribute_ids(IDS, prompt_length=8, target=Span(4, 7))
+
+
+@pytest.mark.parametrize("hops", [-1, 1.5, True, "2"])
+def test_hops_must_be_a_whole_number(hops):
+    for method in (FlashTrace, RecursiveAttribution):
+        with pytest.raises(InputError, match=r"hops must be a whole number >= 0"):
+            method(tiny("llama"), hops=hops)
+
+
+def test_unknown_options_name_the_known_ones():
+    with pytest.raises(InputError, match="positions must be one of 'token', 'predicting', got 'last'"):
+        FlashTrace(tiny("llama"), positions="last")
+    with pytest.raises(InputError, match="recursion must be one of"):
+        FlashTrace(tiny("llama"), recursion="all")
+
+
+def test_a_target_of_ignored_tokens_is_refused():
+    with pytest.raises(InputError, match="all tokens of target 15:18 are ignored"):
+        FlashTrace(tiny("llama"), ignore=IDS.tolist()).attribute_ids(IDS, **SPANS)
+
+
+def test_an_encoder_decoder_is_refused():
+    config = transformers.T5Config(d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2, vocab_size=50)
+    with pytest.raises(UnsupportedModelError, match="encoder-decoder"):
+        FlashTrace(transformers.T5ForConditionalGeneration(config))
+
+
+def test_models_without_a_language_model_head_and_other_objects_are_refused():
+    with pytest.raises(UnsupportedModelError, match="AutoModelForCausalLM"):
+        FlashTrace(tiny("llama").model)
+    with pytest.raises(UnsupportedModelError, match="got Linear"):
+        FlashTrace(nn.Linear(2, 2))
+
+
+def test_an_unknown_family_names_the_known_ones():
+    config = transformers.MambaConfig(vocab_size=512, hidden_size=16, num_hidden_layers=1, state_size=4)
+    with pytest.raises(UnsupportedModelError, match=r"'mamba' is not supported; supported are .*gpt2.*llama"):
+        FlashTrace(transformers.MambaForCausalLM(config)).attribute_ids(IDS, **SPANS)
+
+
+def test_activations_that_are_not_finite_are_refused():
+    model = tiny("llama")
+    model.model.layers[1].mlp.down_proj.weight.data[0, 0] = float("nan")
+    before = state(model)
+    with pytest.raises(InputError, match="not finite"):
+        FlashTrace(model).attribute_ids(IDS, **SPANS)
+    assert state(model) == before
+
+
+def test_every_error_is_one_that_a_caller_can_catch():
+    for error in (InputError, SpanError, UnsupportedModelError):
+        assert issubclass(error, FlashTraceError) and issubclass(error, ValueError)
