@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, TypedDict
 import torch
 from torch import Tensor
 
-from flashtrace_plugin.errors import InputError, SpanError
-from flashtrace_plugin.metrics.likelihood import log_likelihood
+from flashtrace_plugin.errors import InputError
+from flashtrace_plugin.metrics.likelihood import log_likelihood, watched_span
 from flashtrace_plugin.metrics.scores import Scores, as_masses, as_scores, ranking
 from flashtrace_plugin.models.guard import check_ids, check_model
 from flashtrace_plugin.spans import Span
@@ -122,7 +122,7 @@ def deletion_curve(
     """
     lm = check_model(model)
     ids = check_ids(lm, torch.as_tensor(input_ids))[0].cpu()
-    watched = _watched(generation, prompt_length, len(ids))
+    watched = watched_span(generation, prompt_length, len(ids))
     values = as_scores(scores, prompt_length)
     token = replacement_token(lm, replacement)
     groups = _groups(values, steps)
@@ -177,17 +177,6 @@ def _default_replacement(model: object) -> int | None:
         if token is not None:
             return token[0] if isinstance(token, (list, tuple)) else token
     return None
-
-
-def _watched(generation: Span | None, prompt_length: int, length: int) -> Span:
-    if not 0 < prompt_length < length:
-        raise SpanError(
-            f"the prompt has {prompt_length} of {length} tokens; it needs at least one, and so does the generation"
-        )
-    watched = Span(prompt_length, length) if generation is None else generation
-    if watched.start < prompt_length or watched.stop > length:
-        raise SpanError(f"generation {watched} is outside {prompt_length}:{length}, the positions after the prompt")
-    return watched
 
 
 def _groups(scores: Tensor, steps: int) -> tuple[tuple[int, ...], ...]:

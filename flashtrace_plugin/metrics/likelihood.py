@@ -44,13 +44,33 @@ def log_likelihood(model: object, input_ids: Tensor, *, generation: Span, batch_
     return found
 
 
-def _batch(model: PreTrainedModel, ids: Tensor, generation: Span) -> Tensor:
-    """log P for rows [b, N]. The last token predicts nothing that is asked for, so it is not run. result: [b]"""
+def generation_logits(model: PreTrainedModel, generation: Span, **given: Tensor) -> Tensor:
+    """Logits that predict the generation, for ``input_ids`` [b, n] or ``inputs_embeds`` [b, n, d], n = stop - 1.
+
+    The generation's last token predicts nothing that is asked for, so it is not run. result: [b, generation, V]
+    """
     kept = {"logits_to_keep": len(generation)} if _keeps_logits(model) else {}
-    given = ids[:, : generation.stop - 1]
-    # A replacement token is read like any other, even if it is the pad token, so nothing is masked.
-    out = model(input_ids=given, attention_mask=torch.ones_like(given), use_cache=False, **kept)
-    logits = out.logits[:, -len(generation) :]
+    rows, length = next(iter(given.values())).shape[:2]
+    # A replaced token is read like any other, even if it is the pad token, so nothing is masked.
+    mask = torch.ones(rows, length, dtype=torch.long, device=model.get_input_embeddings().weight.device)
+    return model(**given, attention_mask=mask, use_cache=False, **kept).logits[:, -len(generation) :]
+
+
+def watched_span(generation: Span | None, prompt_length: int, length: int) -> Span:
+    """The given span, or all that follows the prompt. Raises SpanError if it is not after the prompt."""
+    if not 0 < prompt_length < length:
+        raise SpanError(
+            f"the prompt has {prompt_length} of {length} tokens; it needs at least one, and so does the generation"
+        )
+    watched = Span(prompt_length, length) if generation is None else generation
+    if watched.start < prompt_length or watched.stop > length:
+        raise SpanError(f"generation {watched} is outside {prompt_length}:{length}, the positions after the prompt")
+    return watched
+
+
+def _batch(model: PreTrainedModel, ids: Tensor, generation: Span) -> Tensor:
+    """log P for rows [b, N]. result: [b]"""
+    logits = generation_logits(model, generation, input_ids=ids[:, : generation.stop - 1])
     rows = [_row(row, wanted) for row, wanted in zip(logits, ids[:, generation.slice], strict=True)]
     return torch.stack(rows)
 

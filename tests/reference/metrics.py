@@ -26,7 +26,8 @@ def ranking(scores: Sequence[float]) -> list[int]:
 def recovery_rate(scores: Sequence[float], gold: Iterable[int], fraction: float = 0.1) -> float:
     """|gold in the top ceil(10 % |I|)| / |gold|  (FlashTrace Eq. 32). Higher is better."""
     gold = set(gold)
-    top = ranking(scores)[: math.ceil(fraction * len(scores))]
+    places = math.ceil(round(fraction * len(scores), 9))  # 0.1 * 70 is 7.000000000000001
+    top = ranking(scores)[:places]
     return len(gold.intersection(top)) / len(gold)
 
 
