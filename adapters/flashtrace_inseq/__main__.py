@@ -1,0 +1,3 @@
+from flashtrace_inseq.cli import main
+
+main()

@@ -1,0 +1,66 @@
+"""Choosing one part of the scores: ``out.aggregate("hops", hop=1)``, ``out.show(part="total")``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from inseq.data.aggregator import SequenceAttributionAggregator
+
+from flashtrace_inseq.outputs import TOTAL, FlashTraceSequenceOutput
+from flashtrace_plugin.errors import InputError
+
+
+class PartAggregator(SequenceAttributionAggregator):
+    """Keeps one part of the scores and drops the others; nothing is averaged or normalised.
+
+    Args:
+        part (:obj:`str`, `optional`): Name of the part, such as ``"hop 1"``. Default: ``"total"``.
+        select_idx (:obj:`int`, `optional`): Its index instead, 0 for the total, as Inseq's command line gives it.
+    """
+
+    aggregator_name = "parts"
+
+    @classmethod
+    def aggregate(
+        cls,
+        attr: FlashTraceSequenceOutput,
+        *,
+        part: str = TOTAL,
+        select_idx: int | None = None,
+        normalize: bool = False,
+        **kwargs: Any,
+    ) -> FlashTraceSequenceOutput:
+        """The sequence with scores [rows, columns] of one part. Raises InputError for a part it has not."""
+        if select_idx is None:
+            select_idx = _index(attr, part)
+        return super().aggregate(attr, select_idx=select_idx, normalize=normalize, **kwargs)
+
+
+class HopAggregator(PartAggregator):
+    """Keeps the scores of one hop, over all positions before the target; by default the total over hops.
+
+    Args:
+        hop (:obj:`int`, `optional`): 0 for the target's own sources, 1 for the sources of the reasoning that hop 0
+            found, and so on. Default: the total, which counts the prompt only.
+    """
+
+    aggregator_name = "hops"
+
+    @classmethod
+    def aggregate(
+        cls, attr: FlashTraceSequenceOutput, *, hop: int | None = None, part: str = TOTAL, **kwargs: Any
+    ) -> FlashTraceSequenceOutput:
+        """The sequence with scores [rows, columns] of one hop. Raises InputError for a hop it has not."""
+        return super().aggregate(attr, part=part if hop is None else f"hop {hop}", **kwargs)
+
+
+def _index(attr: FlashTraceSequenceOutput, part: str) -> int:
+    parts = getattr(attr, "_parts", None)
+    if not parts or attr.target_attributions.ndim != 3:
+        raise InputError(
+            f"there are no parts to choose {part!r} from: the scores are aggregated already, or come from a method "
+            "without parts; aggregate the result of attribute() itself"
+        )
+    if part not in parts:
+        raise InputError(f"no part {part!r}; there are {', '.join(parts)}")
+    return parts.index(part)

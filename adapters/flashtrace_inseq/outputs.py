@@ -1,0 +1,176 @@
+"""How an Attribution looks as Inseq's result for one sequence.
+
+A span is one thing to explain and gets one column: its tokens are merged into one, with id -1, as Inseq's own
+``aggregate("spans")`` does. Rows are the tokens before the span; its own row is NaN, as always in Inseq for what a
+token is not attributed to. The third dimension, if there is one, holds the parts of the score, "total" first.
+
+Saved files name this module and the class below, so both names are part of the file format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from inseq.data import CoarseFeatureAttributionSequenceOutput, FeatureAttributionOutput
+from inseq.data.attribution import FeatureAttributionSequenceOutput
+from inseq.utils.typing import TokenWithId
+from torch import Tensor
+
+from flashtrace_plugin.attribution import Attribution
+from flashtrace_plugin.errors import InputError
+
+TOTAL = "total"
+_ROWS_AND_COLUMNS = {0: "Input Tokens", 1: "Generated Tokens", 2: "Part"}
+
+
+@dataclass(eq=False, repr=False)
+class FlashTraceSequenceOutput(FeatureAttributionSequenceOutput):
+    """Raw output of one sequence: scores by part, and the attributions they were taken from.
+
+    target_attributions: [rows, columns] or [rows, columns, parts]
+    _parts:              names of the parts: "total", then "hop 0", "hop 1", … or the components of the method
+    _attributions:       one for every thing explained: a span, or each token of it
+
+    Shown and aggregated by its total. Scores are shares of mass, so a single column is merged over tokens by
+    summing; several columns are merged as elsewhere in Inseq, by the largest absolute value.
+    """
+
+    _parts: list[str] | None = None
+    _attributions: list[Attribution] | None = None
+
+    def __post_init__(self) -> None:
+        # Inseq's defaults are tables of the process that every method writes into; ours stay with the object.
+        self._dict_aggregate_fn = self._attribution_dim_names = None
+        super().__post_init__()
+        merge = "sum" if self.attr_pos_end - self.attr_pos_start == 1 else "absmax"
+        self._dict_aggregate_fn = {"target_attributions": {"spans": merge}}
+        self._attribution_dim_names = {"target_attributions": dict(_ROWS_AND_COLUMNS)}
+        # While a file is written or read, the scores are bytes for a moment.
+        ready = isinstance(self.target_attributions, Tensor)
+        self._num_dimensions = self.target_attributions.ndim if ready else 0
+        self._aggregator = self._default_aggregator() if self._num_dimensions == 3 else []
+
+    def _default_aggregator(self) -> str:
+        return "hops" if self._parts and "hop 0" in self._parts else "parts"
+
+    def _recover_from_safetensors(self) -> FlashTraceSequenceOutput:
+        super()._recover_from_safetensors()
+        self.__post_init__()
+        return self
+
+    def __json_encode__(self) -> dict[str, Any]:
+        records = [_encode(a) for a in self._attributions or []]
+        return super().__json_encode__() | {"_parts": self._parts, "_attributions": records}
+
+    def __json_decode__(self, **fields: Any) -> None:
+        fields["_attributions"] = [Attribution.from_dict(record) for record in fields["_attributions"]]
+        super().__json_decode__(**fields)
+
+    def decode_tokens(self, tokenizer: Any) -> FlashTraceSequenceOutput:
+        """Readable labels in place, the merged token included."""
+        super().decode_tokens(tokenizer)
+        for a in self._attributions or []:
+            ids = list(a.token_ids[a.target.slice])
+            label = "".join(tokenizer.convert_ids_to_tokens(ids))
+            for token in self.target:
+                if token.id < 0 and token.token == label:
+                    token.token = tokenizer.decode(ids)
+        return self
+
+
+def _encode(attribution: Attribution) -> dict[str, Any]:
+    """For Inseq's writer: the dictionary of the attribution, with arrays, which it stores compactly."""
+    return {key: _arrays(getattr(attribution, key, value), value) for key, value in attribution.to_dict().items()}
+
+
+def _arrays(value: Any, otherwise: Any) -> Any:
+    if isinstance(value, Tensor):
+        return np.ascontiguousarray(value.numpy())
+    if isinstance(otherwise, dict):
+        return {name: _arrays(value[name], item) for name, item in otherwise.items()}
+    return otherwise
+
+
+def merged(tokens: Sequence[TokenWithId], attribution: Attribution) -> FlashTraceSequenceOutput:
+    """One column for the whole target: the total, which counts the prompt only, and every hop."""
+    start = attribution.target.start
+    total = torch.zeros(start)
+    total[: len(attribution.scores)] = attribution.scores
+    parts = [TOTAL, *(f"hop {k}" for k in range(len(attribution.hop_scores)))]
+    scores = torch.cat([total[None], attribution.hop_scores[:, :start]])
+    column = torch.cat([scores.T, torch.full((1, len(parts)), torch.nan)])
+    label = TokenWithId("".join(token.token for token in tokens[attribution.target.slice]), -1)
+    return sequence([*tokens[:start], label], column[:, None], start, [attribution], parts)
+
+
+def per_token(tokens: Sequence[TokenWithId], attribution: Attribution) -> FlashTraceSequenceOutput:
+    """One column for every target token, from ``components["per_token"]`` [M, N]."""
+    start, stop = attribution.target.start, attribution.target.stop
+    scores = attribution.components["per_token"][:, :stop].T.clone()
+    scores[torch.arange(stop)[:, None] >= torch.arange(start, stop)] = torch.nan
+    return sequence(tokens[:stop], scores, start, [attribution])
+
+
+def sequence(
+    tokens: Sequence[TokenWithId],
+    scores: Tensor,
+    start: int,
+    attributions: list[Attribution],
+    parts: list[str] | None = None,
+) -> FlashTraceSequenceOutput:
+    """Inseq's result for one sequence.
+
+    tokens: rows' labels
+    scores: [rows, columns] or [rows, columns, parts]
+    start:  row of the first column's token
+    """
+    return FlashTraceSequenceOutput(
+        source=[TokenWithId(t.token, t.id) for t in tokens[:start]],
+        target=list(tokens),
+        target_attributions=scores,
+        step_scores={},
+        sequence_scores={},
+        attr_pos_start=start,
+        attr_pos_end=len(tokens),
+        _parts=parts,
+        _attributions=attributions,
+    )
+
+
+def attributions(out: FeatureAttributionOutput) -> list[Attribution]:
+    """The attributions behind a result: one for each span that was explained, in the order of the inputs.
+
+    They hold what a table of tokens cannot: hops over all positions, the mass on the reasoning, shares of heads and
+    MLPs. Aggregating, merging, saving and loading keep them. Raises InputError for a result of another method.
+    """
+    found: list[Attribution] = []
+    for item in out.sequence_attributions:
+        if not getattr(item, "_attributions", None):
+            raise InputError(
+                f"a {type(item).__name__} holds no attributions; use a result of 'flashtrace', 'ifr' or 'recursive' "
+                "that portable() has not stripped"
+            )
+        found.extend(item._attributions)
+    return found
+
+
+def portable(out: FeatureAttributionOutput, **select: Any) -> FeatureAttributionOutput:
+    """The same result in a class of Inseq, for files that are to be loaded where this package is not installed.
+
+    select: what to keep, as for ``aggregate``: ``hop=1``, or ``part="…"``; by default the total
+
+    The spans go into ``info["spans"]``; hops and attributions stay behind.
+    """
+    spans = [{name: getattr(a, name) for name in ("prompt", "reasoning", "target")} for a in attributions(out)]
+    chosen = out.aggregate(**select)
+    chosen.sequence_attributions = [
+        CoarseFeatureAttributionSequenceOutput(**item.to_dict()) for item in chosen.sequence_attributions
+    ]
+    chosen.info["spans"] = [
+        {name: None if span is None else [span.start, span.stop] for name, span in item.items()} for item in spans
+    ]
+    return chosen
