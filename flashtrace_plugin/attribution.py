@@ -64,6 +64,21 @@ class Attribution:
         """Number of hops through the reasoning that were asked for."""
         return len(self.hop_scores) - 1
 
+    @property
+    def totals(self) -> Tensor:
+        """Accumulated importance of every position, on the scale of ``scores``, which are its prompt part: [N]::
+
+            sum_k ( prod_{m<k} rho_m ) alpha_k            Eq. 12/24, for all positions
+
+        What lies on the reasoning counts again on the prompt it is passed on to, so totals do not add up to 1.
+        """
+        carried = torch.cat([self.reasoning_mass.new_ones(1), self.reasoning_mass[:-1]]).cumprod(0)
+        totals = carried @ self.hop_scores
+        prompt = totals[self.prompt.slice].sum()
+        totals = totals * (self.scores.sum() / prompt) if prompt > 0 else totals  # Eq. 31 renormalises IFR's prompt
+        totals[self.prompt.slice] = self.scores
+        return totals
+
     def top(self, k: int = 10) -> list[TokenScore]:
         """The k highest-scoring prompt tokens, best first; ties in the order of the text."""
         order = self.scores.argsort(descending=True, stable=True)[:k].tolist()

@@ -1,0 +1,148 @@
+"""What every method of this adapter is: a ``captum.attr.Attribution`` over token ids."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NoReturn, Union
+
+import torch
+from captum.attr import Attribution as CaptumAttribution
+from captum.log import log_usage
+from torch import Tensor
+
+from flashtrace_captum.errors import CaptumInputError
+from flashtrace_captum.targets import Example, Target, read_examples
+from flashtrace_plugin import Attribution, Span
+
+Inputs = Union[Tensor, tuple[Tensor]]
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """What a method finds for one sequence of N tokens.
+
+    scores:      [N]      importance of every position for the target; only those before the target are used
+    per_token:   [M, N]   the same for each of the M target tokens, if the method computes it; their mean is
+                          proportional to ``scores``
+    attribution:          everything else that FlashTrace, IFR and their kin find
+    """
+
+    scores: Tensor
+    per_token: Tensor | None = None
+    attribution: Attribution | None = None
+
+
+class TokenAttribution(CaptumAttribution, ABC):
+    """Base of the methods that :class:`flashtrace_captum.LLMTraceAttribution` accepts.
+
+    A method of your own overrides :meth:`token_scores`; :meth:`attribute`, batches, padding, spans and the language
+    model wrapper come with it.
+
+    forward_func: the model itself, which keeps its ``generate`` and its parameters within reach
+    """
+
+    def __init__(self, forward_func: Any) -> None:
+        super().__init__(forward_func)
+
+    @abstractmethod
+    def token_scores(
+        self, input_ids: Tensor, *, prompt_length: int, target: Span, reasoning: Span | None = None
+    ) -> TokenScores:
+        """Scores of one sequence.
+
+        input_ids:     [N] on the model's device or not, without padding
+        prompt_length: number of tokens before the reasoning, or before the target if there is none
+        target:        positions to explain
+        reasoning:     positions to follow importance through
+        """
+
+    @log_usage(part_of_slo=True)
+    def attribute(
+        self,
+        inputs: Inputs,
+        target: Target = None,
+        additional_forward_args: Any = None,
+        *,
+        reasoning: Target = None,
+        **options: Any,
+    ) -> Inputs:
+        r"""Importance of each token for the generation of others.
+
+        Args:
+
+            inputs (Tensor or tuple[Tensor]): token ids of shape (batch, length), prompt and generation together.
+            target (int, slice, list or Tensor, optional): token positions in ``inputs`` whose generation is
+                explained, half-open; a list or 1-D tensor has one entry per example. The scores of a target at
+                position t rest on what precedes it, as its logits do, which are those of position t - 1.
+                Default: None, the last token
+            additional_forward_args (Tensor or tuple, optional): the attention mask (batch, length). Padding at the
+                ends is cut off before the model runs, so positions count from the first real token.
+                Default: None
+            reasoning (int, slice or list, optional): positions that importance is followed through.
+                Default: None
+            **options: what :meth:`token_scores` takes beyond the above; anything else is a TypeError
+
+        Returns:
+
+            *Tensor* or *tuple[Tensor]* of **attributions**: float32, of the shape and on the device of ``inputs``.
+            The prompt, which is all before the reasoning, has its scores; between prompt and target is the
+            importance that passed through each token; from the target on, and on padding, it is 0.
+        """
+        ids = _single(inputs)
+        if ids.is_floating_point():
+            raise CaptumInputError(
+                f"{self.get_name()} attributes token ids, got {ids.dtype}: it decomposes the whole model and has no "
+                "embeddings to perturb, so it does not work in NoiseTunnel; pass input_ids"
+            )
+        if ids.dim() != 2:
+            raise CaptumInputError(f"token ids must be (batch, length), got {list(ids.shape)}")
+
+        def score(row: int, example: Example) -> Tensor:
+            return self.token_scores(
+                ids[row, example.kept.slice],
+                prompt_length=example.prompt_length,
+                target=example.target,
+                reasoning=example.reasoning,
+                **options,
+            ).scores
+
+        return self._each(inputs, target, additional_forward_args, reasoning, score)
+
+    def _each(
+        self,
+        inputs: Inputs,
+        target: Target,
+        additional_forward_args: Any,
+        reasoning: Target,
+        score: Callable[[int, Example], Tensor],
+    ) -> Inputs:
+        """Scores [batch, length] of a batch, one example after the other, in the format of the inputs."""
+        values = _single(inputs)
+        examples = read_examples(values.shape[0], values.shape[1], target, additional_forward_args, reasoning)
+        found = torch.zeros(values.shape[:2], device=values.device)
+        for row, example in enumerate(examples):
+            before = slice(example.kept.start, example.kept.start + example.target.start)
+            found[row, before] = score(row, example)[: example.target.start].to(found)
+        return (found,) if isinstance(inputs, tuple) else found
+
+    def attribute_future(self) -> NoReturn:
+        """Not available, as for most of Captum's methods."""
+        raise NotImplementedError(f"attribute_future is not implemented for {type(self).__name__}")
+
+    def has_convergence_delta(self) -> bool:
+        """False: the scores are shares of the model's own flow, not an approximation of a difference."""
+        return False
+
+
+def _single(inputs: Inputs) -> Tensor:
+    """The one tensor of the inputs, [batch, length] or [batch, length, d]."""
+    values = inputs if isinstance(inputs, tuple) else (inputs,)
+    if len(values) != 1 or not isinstance(values[0], Tensor):
+        raise CaptumInputError(f"inputs must be one tensor of token ids, got {[type(v).__name__ for v in values]}")
+    if values[0].dim() < 2 or values[0].numel() == 0:
+        raise CaptumInputError(
+            f"inputs must be (batch, length) and not empty, got {list(values[0].shape)}; one sequence is ids[None]"
+        )
+    return values[0]

@@ -1,0 +1,39 @@
+"""Short, harmless labels for tokens in plots."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+WIDTH = 22
+"""Longest label of a single token, in characters."""
+
+CONTEXT = 26
+"""Characters of text to either side of a token shown in context."""
+
+
+def label(token: str, width: int = WIDTH) -> str:
+    """A token on one line: without the space around it, white space and unprintable characters spelled out."""
+    return shortened(_one_line(token.strip(" ")), width) or "␣"
+
+
+def in_context(tokens: Sequence[str], i: int, width: int = CONTEXT) -> str:
+    """Token i in brackets between what stands before and after it."""
+    before, after, k = "", "", 1
+    while len(before) < width and i - k >= 0:
+        before, k = tokens[i - k] + before, k + 1
+    k = 1
+    while len(after) < width and i + k < len(tokens):
+        after, k = after + tokens[i + k], k + 1
+    left, right = _one_line(before)[-width:], _one_line(after)[:width]
+    lead = " " if tokens[i].startswith(" ") else ""
+    return f"{left}{lead}[{label(tokens[i])}]{right}"
+
+
+def shortened(text: str, width: int) -> str:
+    """The text, its middle cut out if it is longer than ``width``."""
+    half = (width - 1) // 2
+    return text if len(text) <= width else f"{text[:half]}…{text[-half:]}"
+
+
+def _one_line(text: str) -> str:
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)

@@ -1,0 +1,223 @@
+"""The wrapper for language models: Captum's inputs in, Captum's result out, through the reasoning in the response."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import replace
+from typing import Any, NoReturn, Union
+
+import torch
+from captum.attr import Attribution as CaptumAttribution
+from captum.attr import TextTemplateInput, TextTokenInput
+from captum.attr._core.llm_attr import DEFAULT_GEN_ARGS, BaseLLMAttribution
+from torch import Tensor
+
+from flashtrace_captum.base import TokenAttribution, TokenScores
+from flashtrace_captum.errors import CaptumInputError
+from flashtrace_captum.features import Features, TextInput, features_of
+from flashtrace_captum.result import LLMTraceAttributionResult
+from flashtrace_plugin import Span, SpanError
+from flashtrace_plugin.models.guard import evaluating
+from flashtrace_plugin.text import from_ids, pieces
+
+Part = Union[None, str, slice, Span]
+"""A part of the response: a piece of its text, a slice of its tokens, or a Span of the whole sequence."""
+
+
+class LLMTraceAttribution(BaseLLMAttribution):
+    """Attributes the answer of a response to the prompt, through the reasoning before it, in one call.
+
+    Captum's own wrappers explain a response as one sequence or token by token, and drop what reaches a token
+    through earlier ones. This one takes any :class:`flashtrace_captum.TokenAttribution`.
+
+    Args:
+
+        attr_method (TokenAttribution): FlashTrace, IFR, RecursiveAttribution, HETA or a subclass of your own,
+            created with the model itself
+        tokenizer (Tokenizer): the model's tokenizer
+
+    Examples::
+
+        >>> llm_attr = LLMTraceAttribution(FlashTrace(model), tokenizer)
+        >>> inp = TokenIdsInput.from_messages([{"role": "user", "content": question}], tokenizer)
+        >>> result = llm_attr.attribute(inp, gen_args={"max_new_tokens": 2000})
+        >>> result.plot_seq_attr(show=True)
+    """
+
+    SUPPORTED_METHODS: tuple[type[CaptumAttribution], ...] = (TokenAttribution,)
+    SUPPORTED_INPUTS = (TextTokenInput, TextTemplateInput)
+
+    def __init__(self, attr_method: TokenAttribution, tokenizer: Any) -> None:
+        if not isinstance(attr_method, self.SUPPORTED_METHODS):
+            raise CaptumInputError(
+                f"{type(self).__name__} takes a TokenAttribution such as FlashTrace(model), got "
+                f"{type(attr_method).__name__}; Captum's own methods go into captum.attr.LLMAttribution"
+            )
+        super().__init__(attr_method, tokenizer)
+        self.attr_method = attr_method
+
+    def attribute(
+        self,
+        inp: TextInput,
+        target: str | Tensor | None = None,
+        gen_args: dict[str, Any] | None = None,
+        *,
+        answer: Part = None,
+        reasoning: Part = None,
+        **kwargs: Any,
+    ) -> LLMTraceAttributionResult:
+        r"""Attributes a part of the response to the features of the prompt.
+
+        Args:
+
+            inp (TextTokenInput or TextTemplateInput): the prompt and its features
+            target (str or Tensor, optional): the whole response, reasoning included, as text or ids.
+                Default: None, the model generates it
+            gen_args (dict, optional): arguments of ``model.generate``, only without a target.
+                Default: None, which is Captum's: greedy, 25 new tokens
+            answer (str, slice or Span, optional): the part of the response to explain: a piece of its text, a slice
+                of its tokens, or positions of the whole sequence.
+                Default: None, what follows ``</think>``, narrowed by ``<answer>`` or ``\boxed{}``
+            reasoning (str, slice or Span, optional): the part that importance is followed through.
+                Default: None, the thinking before the answer
+            **kwargs: passed to the method, for example ``hops=2``; one that it does not know is a TypeError
+
+        Returns:
+
+            LLMTraceAttributionResult: ``seq_attr`` over the features; ``token_attr`` only from a token-wise method
+
+        Raises CaptumInputError, TemplateError and SpanError for what does not fit. The model is left as it was.
+        """
+        features = features_of(inp, self.tokenizer)
+        response = self._response(features.prompt_ids, target, gen_args)
+        ids = torch.cat([features.prompt_ids, response])
+        where, through = self._locate(ids, len(features.prompt_ids), answer, reasoning)
+        found = self.attr_method.token_scores(
+            ids, prompt_length=len(features.prompt_ids), target=where, reasoning=through, **kwargs
+        )
+        return self._result(inp, features, ids, where, through, found)
+
+    def attribute_future(self) -> NoReturn:
+        """Not available, as in Captum's wrappers."""
+        raise NotImplementedError(f"attribute_future is not implemented for {type(self).__name__}")
+
+    def _response(self, prompt_ids: Tensor, target: str | Tensor | None, gen_args: dict[str, Any] | None) -> Tensor:
+        """Token ids of the response, [R]."""
+        if target is None:
+            return self._generate(prompt_ids, gen_args or DEFAULT_GEN_ARGS)
+        if gen_args is not None:
+            raise CaptumInputError("gen_args only matter when the response is generated; leave out gen_args or target")
+        response = self._encode(prompt_ids, target) if isinstance(target, str) else _ids(target)
+        if not len(response):
+            raise CaptumInputError(f"the response {target!r} has no token; there is nothing to explain")
+        return response
+
+    def _encode(self, prompt_ids: Tensor, response: str) -> Tensor:
+        """The tokens of a text after the prompt: as in the joint text if that begins with the prompt's tokens."""
+        prompt = prompt_ids.tolist()
+        joint = self.tokenizer(self.tokenizer.decode(prompt) + response, add_special_tokens=False)["input_ids"]
+        if joint[: len(prompt)] == prompt:
+            return torch.tensor(joint[len(prompt) :], dtype=torch.long)
+        return torch.tensor(self.tokenizer(response, add_special_tokens=False)["input_ids"], dtype=torch.long)
+
+    def _generate(self, prompt_ids: Tensor, gen_args: dict[str, Any]) -> Tensor:
+        if not hasattr(self.model, "generate"):
+            raise CaptumInputError(f"{type(self.model).__name__} cannot generate; pass the response as target")
+        given = prompt_ids[None].to(self.device)
+        padding = {} if self.tokenizer.pad_token_id is None else {"pad_token_id": self.tokenizer.pad_token_id}
+        with evaluating(self.model), torch.no_grad():
+            written = self.model.generate(given, attention_mask=torch.ones_like(given), **(padding | gen_args))
+        response = written[0, len(prompt_ids) :].cpu()
+        if not len(response):
+            raise CaptumInputError(f"the model generated nothing with {gen_args}; allow it new tokens")
+        return response
+
+    def _locate(self, ids: Tensor, prompt_length: int, answer: Part, reasoning: Part) -> tuple[Span, Span | None]:
+        """Answer and reasoning as spans of the whole sequence."""
+        visible = ids[: _last_visible(ids, prompt_length, self.tokenizer.all_special_ids) + 1]
+        text = from_ids(self.tokenizer, visible, prompt_length)
+        try:
+            return text.locate(
+                _part("answer", answer, prompt_length, len(ids)),
+                _part("reasoning", reasoning, prompt_length, len(ids)),
+            )
+        except SpanError as error:
+            raise SpanError(
+                f"{error}. In this wrapper target is the whole response: choose its part with answer=... and "
+                "reasoning=..., and let it generate more with gen_args={'max_new_tokens': ...}"
+            ) from error
+
+    def _result(
+        self, inp: TextInput, features: Features, ids: Tensor, where: Span, through: Span | None, found: TokenScores
+    ) -> LLMTraceAttributionResult:
+        start = len(features.prompt_ids)
+        scores = found.scores.detach().float().cpu()
+        prompt, after = scores[:start], scores[start:].clone()
+        after[where.start - start :] = 0
+        tokens = pieces(self.tokenizer, ids.tolist())
+        detail = None if found.attribution is None else replace(found.attribution, tokens=tokens)
+        rows = None if found.per_token is None else _token_rows(found.per_token.cpu(), where, start, len(ids), prompt)
+        return LLMTraceAttributionResult(
+            input_tokens=features.names,
+            output_tokens=list(tokens[start:]),
+            seq_attr=features.collect(prompt).to(self.device),
+            token_attr=None if rows is None else features.collect(rows).to(self.device),
+            output_log_probs=self._log_probs(ids, start),
+            inp=inp,
+            response_attr=after.to(self.device),
+            hop_attr=None if detail is None else features.collect(detail.hop_scores[:, :start]).to(self.device),
+            unassigned_attr=float((prompt * (1 - features.covered)).sum()),
+            answer=slice(where.start - start, where.stop - start),
+            reasoning=None if through is None else slice(through.start - start, through.stop - start),
+            attribution=detail,
+        )
+
+    def _log_probs(self, ids: Tensor, start: int) -> Tensor:
+        """log P of each response token, [R], in nats and float32."""
+        wanted = ids[start:].to(self.device)
+        keeps = "logits_to_keep" in inspect.signature(self.model.forward).parameters
+        kept = {"logits_to_keep": len(wanted)} if keeps else {}
+        with evaluating(self.model), torch.no_grad():
+            out = self.model(input_ids=ids[None, :-1].to(self.device), use_cache=False, **kept)
+        logits = out.logits[0, -len(wanted) :].float()
+        return logits.log_softmax(-1).gather(-1, wanted.to(logits.device)[:, None])[:, 0].to(self.device)
+
+
+def _ids(target: Tensor) -> Tensor:
+    """A response given as ids, [R] or [1, R]."""
+    if not isinstance(target, Tensor) or target.is_floating_point() or target.numel() != target.shape[-1]:
+        shape = f"{target.dtype} {list(target.shape)}" if isinstance(target, Tensor) else type(target).__name__
+        raise CaptumInputError(f"target must be the response as a text or as token ids [R], got {shape}")
+    return target.detach().reshape(-1).long().cpu()
+
+
+def _last_visible(ids: Tensor, prompt_length: int, special: list[int]) -> int:
+    """Position of the last token that is not an end or padding token; the answer does not include those."""
+    last = len(ids) - 1
+    while last > prompt_length and int(ids[last]) in special:
+        last -= 1
+    return last
+
+
+def _part(name: str, where: Part, prompt_length: int, length: int) -> str | Span | None:
+    """A slice of response tokens as a span of the sequence; anything else as it is."""
+    if not isinstance(where, slice):
+        return where
+    start, stop, step = where.indices(length - prompt_length)
+    if step != 1 or stop <= start or (where.stop is not None and where.stop > length - prompt_length):
+        raise SpanError(
+            f"{name} {where} is empty, has a step or ends after the response's {length - prompt_length} tokens"
+        )
+    return Span(prompt_length + start, prompt_length + stop)
+
+
+def _token_rows(per_token: Tensor, where: Span, start: int, length: int, prompt: Tensor) -> Tensor:
+    """Rows for all response tokens over the prompt, [R, P]: NaN where the method did not look.
+
+    The computed rows are scaled to add up to ``seq_attr``, as in Captum.
+    """
+    rows = torch.full((length - start, start), torch.nan)
+    computed = per_token[:, :start]
+    total = computed.sum()
+    rows[where.start - start : where.stop - start] = computed * (prompt.sum() / total) if total > 0 else computed
+    return rows

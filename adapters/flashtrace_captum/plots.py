@@ -1,0 +1,165 @@
+"""Plots that stay readable from 2 to 20,000 tokens: a fixed size, windows for the overview, names for the top.
+
+Token texts are never read as mathematics (``$``), and scores of any dtype, device or grad flag are taken.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+from flashtrace_captum.labels import in_context, label, shortened
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+ALL_BARS = 40
+"""Up to this many features each has its bar."""
+TOP = 20
+"""Features that are named where not all are."""
+WINDOWS = 100
+"""Windows of the overview at most."""
+ALL_ROWS, ALL_COLUMNS = 30, 30
+"""Rows and columns of a heat map that are shown one by one."""
+ANNOTATED = 300
+"""Cells of a heat map up to which their numbers are written in."""
+POSITIVE, NEGATIVE = "#4772b3", "#d0365b"
+"""Captum's colours of bars."""
+
+Plot = tuple["Figure", "Axes"]
+
+
+def plot_scores(scores: Tensor, tokens: Sequence[str], title: str) -> Plot:
+    """One score per token, [n]: a bar for each, or windows over the text and the highest tokens in context."""
+    values = _numbers(scores)
+    if len(values) <= ALL_BARS:
+        return _all_bars(values, tokens, title)
+    return _overview(values, tokens, title)
+
+
+def plot_rows(scores: Tensor, rows: Sequence[str], columns: Sequence[str], title: str) -> Plot:
+    """A heat map of [rows, columns]; many rows are added up in windows, of many columns the highest are shown."""
+    values, names = _windowed_rows(_numbers(scores), rows)
+    shown_columns = _top_columns(values)
+    fig, ax = _figure(max(6.4, 2.5 + 0.42 * len(shown_columns)), max(3.2, 2.0 + 0.26 * len(names)))
+    limit = float(np.abs(values).max()) or 1.0
+    image = ax.imshow(values[:, shown_columns], vmin=-limit, vmax=limit, cmap=_colours(), aspect="auto")
+    fig.colorbar(image, ax=ax).ax.set_ylabel("attribution", rotation=-90, va="bottom")
+    every = len(shown_columns) == len(columns)
+    labels = [label(columns[i]) if every else f"{label(columns[i])}  {i}" for i in shown_columns]
+    _name_ticks(ax.xaxis, range(len(labels)), labels, rotation=90)
+    _name_ticks(ax.yaxis, range(len(names)), names)
+    _annotate(ax, values[:, shown_columns], limit)
+    chosen = "" if every else f" (the {len(shown_columns)} highest of {len(columns)} input features)"
+    ax.set_title(shortened(title, 90) + chosen, fontsize="medium", parse_math=False)
+    return fig, ax
+
+
+def shown(plot: Plot, show: bool) -> Plot | None:
+    """Captum's protocol: show it and return None, or return it."""
+    if not show:
+        return plot
+    import matplotlib.pyplot as plt
+
+    plt.show()
+    return None
+
+
+def _numbers(scores: Tensor) -> np.ndarray[Any, Any]:
+    return scores.detach().float().cpu().numpy()
+
+
+def _all_bars(values: np.ndarray[Any, Any], tokens: Sequence[str], title: str) -> Plot:
+    fig, ax = _figure(max(6.4, 1.2 + 0.3 * len(values)), 4.0)
+    _bars(ax, np.arange(len(values)), values, 0.8)
+    _name_ticks(ax.xaxis, range(len(values)), [label(token) for token in tokens], rotation=60, ha="right")
+    ax.set_ylabel("attribution")
+    ax.set_title(shortened(title, 90), fontsize="medium", parse_math=False)
+    return fig, ax
+
+
+def _overview(values: np.ndarray[Any, Any], tokens: Sequence[str], title: str) -> Plot:
+    """Above: sums over windows of the text. Below: the highest tokens, the highest at the top."""
+    width = math.ceil(len(values) / WINDOWS)
+    starts = np.arange(0, len(values), width)
+    fig, (above, below) = _subplots(9.0, 7.6)
+    _bars(
+        above,
+        starts + (np.minimum(starts + width, len(values)) - starts) / 2 - 0.5,
+        np.add.reduceat(values, starts),
+        0.9 * width,
+    )
+    above.set_xlim(-0.5, len(values) - 0.5)
+    above.set_xlabel("token position" if width == 1 else f"token position, windows of {width} tokens")
+    above.set_ylabel("attribution")
+    above.set_title(shortened(title, 90), fontsize="medium", parse_math=False)
+    top = np.argsort(-np.abs(values), kind="stable")[:TOP][::-1]
+    _bars(below, np.arange(len(top)), values[top], 0.8, horizontal=True)
+    _name_ticks(below.yaxis, range(len(top)), [f"{in_context(tokens, i)}  {i}" for i in top])
+    below.set_xlabel(f"attribution of the {len(top)} highest of {len(values)} tokens, with their positions")
+    return fig, above
+
+
+def _bars(ax: Axes, at: Any, values: np.ndarray[Any, Any], size: float, *, horizontal: bool = False) -> None:
+    colours = [POSITIVE if value >= 0 else NEGATIVE for value in values]
+    if horizontal:
+        ax.barh(at, values, height=size, color=colours)
+    else:
+        ax.bar(at, values, width=size, color=colours)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def _windowed_rows(values: np.ndarray[Any, Any], rows: Sequence[str]) -> tuple[np.ndarray[Any, Any], list[str]]:
+    """Rows as they are, or sums of equal windows of them with the range in their names."""
+    if len(values) <= ALL_ROWS:
+        return values, [label(row) for row in rows]
+    width = math.ceil(len(values) / ALL_ROWS)
+    starts = list(range(0, len(values), width))
+    names = [f"{label(''.join(rows[a : a + width]), 28)}  {a}–{min(a + width, len(rows)) - 1}" for a in starts]
+    return np.add.reduceat(values, starts, axis=0), names
+
+
+def _top_columns(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The columns with the largest sums of magnitudes, in the order of the text."""
+    if values.shape[1] <= ALL_COLUMNS:
+        return np.arange(values.shape[1])
+    return np.sort(np.argsort(-np.abs(values).sum(0), kind="stable")[:ALL_COLUMNS])
+
+
+def _annotate(ax: Axes, values: np.ndarray[Any, Any], limit: float) -> None:
+    if values.size > ANNOTATED:
+        return
+    for (row, column), value in np.ndenumerate(values):
+        colour = "white" if abs(value) > 0.6 * limit else "black"
+        ax.text(column, row, f"{value:.2g}", ha="center", va="center", fontsize=6.5, color=colour)
+
+
+def _name_ticks(axis: Any, at: Sequence[int], names: Sequence[str], **style: Any) -> None:
+    axis.set_ticks(list(at), labels=list(names), parse_math=False, fontsize="small", **style)
+
+
+def _colours() -> Any:
+    """Captum's convention: negative red, zero white, positive green."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return LinearSegmentedColormap.from_list("RdWhGn", ["red", "white", "green"])
+
+
+def _figure(width: float, height: float) -> Plot:
+    import matplotlib.pyplot as plt
+
+    return plt.subplots(figsize=(width, height), layout="constrained", facecolor="white")
+
+
+def _subplots(width: float, height: float) -> tuple[Figure, tuple[Axes, Axes]]:
+    import matplotlib.pyplot as plt
+
+    fig, axes = plt.subplots(
+        2, 1, figsize=(width, height), layout="constrained", facecolor="white", height_ratios=[1, 2]
+    )
+    return fig, tuple(axes)

@@ -1,0 +1,148 @@
+"""The result of the language model wrapper: Captum's, with the reasoning beside it and plots for long texts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from captum.attr import LLMAttributionResult
+from torch import Tensor
+
+from flashtrace_captum.errors import CaptumInputError
+from flashtrace_plugin.attribution import Attribution, TokenScore
+
+if TYPE_CHECKING:
+    from captum.attr._utils.visualization import VisualizationDataRecord
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+@dataclass(init=False, eq=False, repr=False)
+class LLMTraceAttributionResult(LLMAttributionResult):
+    """What :meth:`flashtrace_captum.LLMTraceAttribution.attribute` returns. Tensors are float32.
+
+    Captum's fields: ``input_tokens`` and ``output_tokens`` (pieces of text), ``seq_attr`` [features], ``token_attr``
+    [R, features] with NaN in the rows that the method did not compute, or None, ``output_probs`` [R], ``inp``.
+
+    response_attr:    [R]                  importance that passed through each response token; 0 from the answer on
+    hop_attr:         [hops+1, features]   hop by hop, before the hops are weighted; None from methods without hops
+    unassigned_attr:  importance of prompt tokens that belong to no feature: skipped tokens, text between slots
+    output_log_probs: [R]                  log P of each response token, in nats
+    answer:           the part of ``output_tokens`` that is explained
+    reasoning:        the part that importance was followed through, or None
+    attribution:      the full result of flashtrace_plugin, with heads, layers and reports; None from other methods
+    """
+
+    response_attr: Tensor
+    hop_attr: Tensor | None
+    unassigned_attr: float
+    output_log_probs: Tensor
+    answer: slice
+    reasoning: slice | None
+    attribution: Attribution | None
+
+    def __init__(
+        self,
+        *,
+        input_tokens: list[str],
+        output_tokens: list[str],
+        seq_attr: Tensor,
+        output_log_probs: Tensor,
+        response_attr: Tensor,
+        answer: slice,
+        reasoning: slice | None = None,
+        token_attr: Tensor | None = None,
+        hop_attr: Tensor | None = None,
+        unassigned_attr: float = 0.0,
+        attribution: Attribution | None = None,
+        inp: Any = None,
+    ) -> None:
+        super().__init__(
+            input_tokens=input_tokens,
+            output_tokens=output_tokens,
+            seq_attr=seq_attr,
+            token_attr=token_attr,
+            output_probs=output_log_probs.exp(),
+            inp=inp,
+        )
+        self.output_log_probs = output_log_probs
+        self.response_attr = response_attr
+        self.hop_attr = hop_attr
+        self.unassigned_attr = unassigned_attr
+        self.answer = answer
+        self.reasoning = reasoning
+        self.attribution = attribution
+
+    @property
+    def seq_attr_dict(self) -> dict[str, float]:
+        """Score by text of the feature; features of the same text are added up, where Captum keeps the last."""
+        total: Counter[str] = Counter()
+        for token, score in zip(self.input_tokens, self.seq_attr.tolist(), strict=True):
+            total[token] += score
+        return dict(total)
+
+    @property
+    def answer_text(self) -> str:
+        """The explained part of the response."""
+        return "".join(self.output_tokens[self.answer])
+
+    def top(self, k: int = 10) -> list[TokenScore]:
+        """The k highest-scoring features, best first; ties in the order of the text."""
+        order = self.seq_attr.argsort(descending=True, stable=True)[:k].tolist()
+        return [TokenScore(i, self.input_tokens[i], float(self.seq_attr[i])) for i in order]
+
+    def plot_seq_attr(self, show: bool = False) -> tuple[Figure, Axes] | None:
+        """Bars over all features if they are few; else windows over the text above the highest features."""
+        from flashtrace_captum.plots import plot_scores, shown
+
+        title = f"Attribution of {self.answer_text.strip()!r} to the prompt"
+        return shown(plot_scores(self.seq_attr, self.input_tokens, title), show)
+
+    def plot_response_attr(self, show: bool = False) -> tuple[Figure, Axes] | None:
+        """The same for the response: which steps of the reasoning the answer rests on."""
+        from flashtrace_captum.plots import plot_scores, shown
+
+        title = f"What passed through the response before {self.answer_text.strip()!r}"
+        before = slice(0, self.answer.start)
+        if self.answer.start == 0:
+            raise CaptumInputError("the answer begins the response, so there is no reasoning to plot")
+        return shown(plot_scores(self.response_attr[before], self.output_tokens[before], title), show)
+
+    def plot_token_attr(self, show: bool = False) -> tuple[Figure, Axes] | None:
+        """A heat map of the computed rows; of long texts the highest features, and windows of rows."""
+        from flashtrace_captum.plots import plot_rows, shown
+
+        if self.token_attr is None:
+            raise CaptumInputError(
+                "token_attr is None: the method explains the answer as a whole; use plot_seq_attr, plot_hop_attr, or "
+                "a token-wise method such as IFR"
+            )
+        computed = ~self.token_attr.isnan().any(1)
+        rows = [token for token, keep in zip(self.output_tokens, computed.tolist(), strict=True) if keep]
+        return shown(plot_rows(self.token_attr[computed], rows, self.input_tokens, "Attribution per token"), show)
+
+    def plot_hop_attr(self, show: bool = False) -> tuple[Figure, Axes] | None:
+        """A heat map of the hops: hop 0 from the answer, each further hop from the reasoning."""
+        from flashtrace_captum.plots import plot_rows, shown
+
+        if self.hop_attr is None:
+            raise CaptumInputError("hop_attr is None: the method has no hops; use plot_seq_attr")
+        rows = [f"hop {k}" for k in range(len(self.hop_attr))]
+        return shown(plot_rows(self.hop_attr, rows, self.input_tokens, "Attribution per hop"), show)
+
+    def to_visualization_record(self, *, response: bool = False) -> VisualizationDataRecord:
+        """A record for ``captum.attr.visualization.visualize_text``, which neither scales nor escapes by itself.
+
+        response: the response before the answer follows the prompt, on the same scale
+        """
+        from flashtrace_captum.record import visualization_record
+
+        return visualization_record(self, response)
+
+    def __repr__(self) -> str:
+        best = ", ".join(f"{t.token.strip()!r} {t.score:.3f}" for t in self.top(5))
+        return (
+            f"{type(self).__name__}({len(self.input_tokens)} input features, {len(self.output_tokens)} output tokens, "
+            f"answer {self.answer_text!r}; top: {best})"
+        )
