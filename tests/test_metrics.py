@@ -225,6 +225,8 @@ def test_evaluate_takes_an_attribution():
     assert found.rise == rise(model, ids, prompt_length=PROMPT, scores=attribution)
     assert found.mas == mas(model, ids, prompt_length=PROMPT, scores=attribution, exponent=2.0)
     assert found.mas_exponent == 2 and evaluate(model, attribution).recovery is None
+    with pytest.raises(InputError, match="another sequence"):
+        rise(model, ids.flip(0), prompt_length=PROMPT, scores=attribution)
 
 
 # Soft metrics

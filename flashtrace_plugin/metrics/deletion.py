@@ -123,7 +123,7 @@ def deletion_curve(
     lm = check_model(model)
     ids = check_ids(lm, torch.as_tensor(input_ids))[0].cpu()
     watched = watched_span(generation, prompt_length, len(ids))
-    values = as_scores(scores, prompt_length)
+    values = as_scores(scores, prompt_length, ids)
     token = replacement_token(lm, replacement)
     groups = _groups(values, steps)
     rows = _deletions(ids, groups, token)

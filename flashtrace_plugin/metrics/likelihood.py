@@ -34,7 +34,7 @@ def log_likelihood(model: object, input_ids: Tensor, *, generation: Span, batch_
         raise SpanError(f"generation {generation} must lie in 1:{ids.shape[1]}, with a token before it to predict it")
     size = _batch_size(lm, generation, batch_size)
     with evaluating(lm), torch.no_grad():
-        found = torch.cat([_batch(lm, part, generation) for part in ids.split(size)]).cpu()
+        found = torch.cat([_batch(lm, part, generation) for part in ids.split(size)])
     bad = (~found.isfinite()).nonzero()[:, 0]
     if len(bad):
         raise InputError(
@@ -78,7 +78,7 @@ def _batch(model: PreTrainedModel, ids: Tensor, generation: Span) -> Tensor:
 def _row(logits: Tensor, wanted: Tensor) -> Tensor:
     """One row at a time, so that only one row's float32 copy exists. logits: [G, V]; wanted: [G]; result: []"""
     found = logits.float().log_softmax(-1).gather(-1, wanted.to(logits.device)[:, None])
-    return found.double().sum()
+    return found.cpu().double().sum()
 
 
 def _keeps_logits(model: PreTrainedModel) -> bool:

@@ -17,11 +17,14 @@ Scores = Union[Attribution, Tensor, Sequence[float]]
 """An attribution, or one number for each token of the prompt."""
 
 
-def as_scores(scores: Scores, prompt_length: int | None = None) -> Tensor:
+def as_scores(scores: Scores, prompt_length: int | None = None, input_ids: Tensor | None = None) -> Tensor:
     """The scores as float64 on the CPU. result: [prompt_length]
 
-    Raises InputError for another shape or length, and for numbers that are not finite.
+    Raises InputError for another shape or length, for numbers that are not finite, and for an Attribution of another
+    sequence than ``input_ids`` [N].
     """
+    if isinstance(scores, Attribution) and input_ids is not None and scores.token_ids != tuple(input_ids.tolist()):
+        raise InputError("the attribution belongs to another sequence; pass the input_ids it was computed for")
     found = scores.scores if isinstance(scores, Attribution) else torch.as_tensor(scores)
     values = found.detach().double().cpu()
     if values.dim() != 1 or not len(values):

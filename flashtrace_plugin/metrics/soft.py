@@ -70,7 +70,7 @@ def soft_faithfulness(
     lm = check_model(model)
     ids = check_ids(lm, torch.as_tensor(input_ids))
     watched = watched_span(generation, prompt_length, ids.shape[1])
-    keep = _unit(as_scores(scores, prompt_length)).float()
+    keep = _unit(as_scores(scores, prompt_length, ids[0])).float()
     if samples < 1:
         raise InputError(f"samples must be at least 1, got {samples}; 16 is usual")
     with evaluating(lm), torch.no_grad():
