@@ -24,7 +24,7 @@ from flashtrace_plugin.attribution import Attribution
 from flashtrace_plugin.errors import InputError
 
 TOTAL = "total"
-_ROWS_AND_COLUMNS = {0: "Input Tokens", 1: "Generated Tokens", 2: "Part"}
+_DIMENSIONS = ("Input Tokens", "Generated Tokens", "Part")
 
 
 @dataclass(eq=False, repr=False)
@@ -46,12 +46,13 @@ class FlashTraceSequenceOutput(FeatureAttributionSequenceOutput):
         # Inseq's defaults are tables of the process that every method writes into; ours stay with the object.
         self._dict_aggregate_fn = self._attribution_dim_names = None
         super().__post_init__()
-        merge = "sum" if self.attr_pos_end - self.attr_pos_start == 1 else "absmax"
-        self._dict_aggregate_fn = {"target_attributions": {"spans": merge}}
-        self._attribution_dim_names = {"target_attributions": dict(_ROWS_AND_COLUMNS)}
         # While a file is written or read, the scores are bytes for a moment.
         ready = isinstance(self.target_attributions, Tensor)
         self._num_dimensions = self.target_attributions.ndim if ready else 0
+        self._attribution_dim_names = {"target_attributions": dict(enumerate(_DIMENSIONS[: self._num_dimensions]))}
+        self._dict_aggregate_fn = {
+            "target_attributions": {"spans": "sum" if self.attr_pos_end - self.attr_pos_start == 1 else "absmax"}
+        }
         self._aggregator = self._default_aggregator() if self._num_dimensions == 3 else []
 
     def _default_aggregator(self) -> str:
