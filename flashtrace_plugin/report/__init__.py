@@ -1,0 +1,1 @@
+"""Reports that open in any browser, without a network and without JavaScript."""

@@ -1,0 +1,109 @@
+"""One colour scale for everything that is shaded: lightness alone carries the number, so it survives colour blindness
+and print, and one text colour stays readable (contrast of 4.5 and more, WCAG 2.2 AA) on every step of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import sqrt
+
+LEVELS = 40
+"""Steps of the scale above 0. They are even in the square root, so that small values keep their differences."""
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours of a page, light or dark.
+
+    name:  as in the CSS property color-scheme
+    ink:   text
+    stops: the scale, from the page's background (value 0) to the maximum (value 1)
+    other: further colours by name
+    """
+
+    name: str
+    ink: str
+    stops: tuple[str, ...]
+    other: Mapping[str, str]
+
+    def variables(self) -> str:
+        """All colours as CSS custom properties: k0 … k40 the scale, r0 … r40 the scale by square root."""
+        named = {"ink": self.ink, "paper": self.stops[0], **self.other}
+        named |= {f"k{i}": colour for i, colour in enumerate(palette(self))}
+        named |= {f"r{i}": colour for i, colour in enumerate(palette(self, root=True))}
+        return f"color-scheme:{self.name};" + "".join(f"--{name}:{colour};" for name, colour in named.items())
+
+
+LIGHT = Theme(
+    "light",
+    "#14161a",
+    ("#ffffff", "#ffe9c2", "#ffc069", "#f78a3a", "#e4602c"),
+    {
+        "soft": "#575d69",
+        "line": "#d9dce2",
+        "panel": "#f5f6f8",
+        "bars": "#c9d3e0",
+        "prompt": "#d9682a",
+        "reasoning": "#2f6fb2",
+        "target": "#7a3e9d",
+        "rest": "#8b919c",
+    },
+)
+DARK = Theme(
+    "dark",
+    "#f6f7f9",
+    ("#16181d", "#4a3417", "#774a0d", "#9f500c", "#bb4d1a"),
+    {
+        "soft": "#a9b0bd",
+        "line": "#343a45",
+        "panel": "#1e2128",
+        "bars": "#3b4a60",
+        "prompt": "#d9682a",
+        "reasoning": "#6aa9ea",
+        "target": "#cf97ee",
+        "rest": "#7d8491",
+    },
+)
+
+
+def level(value: float, maximum: float) -> int:
+    """Step of the scale, 0 to LEVELS, for a value in 0 to ``maximum``; everything is step 0 if the maximum is 0."""
+    if maximum <= 0 or value <= 0:
+        return 0
+    return min(LEVELS, round(LEVELS * sqrt(value / maximum)))
+
+
+def palette(theme: Theme, *, root: bool = False) -> list[str]:
+    """Colours of the steps 0 to LEVELS, proportional to the value, or with ``root`` to its square root."""
+    steps = (k / LEVELS for k in range(LEVELS + 1))
+    return [_blend(theme.stops, s if root else s * s) for s in steps]
+
+
+def contrast(first: str, second: str) -> float:
+    """Contrast ratio of two colours, 1 to 21 (WCAG 2.2)."""
+    low, high = sorted((luminance(first), luminance(second)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance, 0 (black) to 1 (white), of a colour ``#rrggbb`` (WCAG 2.2)."""
+    red, green, blue = (_linear(c / 255) for c in _channels(colour))
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def _linear(c: float) -> float:
+    return c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4
+
+
+def _blend(stops: Sequence[str], x: float) -> str:
+    """The colour at ``x`` in 0 to 1 on the polygon through the stops."""
+    parts = list(pairwise(stops))
+    i = min(int(x * len(parts)), len(parts) - 1)
+    part, (a, b) = x * len(parts) - i, (_channels(c) for c in parts[i])
+    return "#" + "".join(f"{round(p + (q - p) * part):02x}" for p, q in zip(a, b, strict=True))
+
+
+def _channels(colour: str) -> tuple[int, ...]:
+    return tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5))
