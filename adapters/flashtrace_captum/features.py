@@ -61,9 +61,7 @@ def _template_features(inp: TextTemplateInput, tokenizer: Any) -> Features:
             f"{type(tokenizer).__name__} gives no character offsets, which tell the tokens of a slot; "
             "use a fast tokenizer, or a TextTokenInput"
         )
-    # A chat template has written the first special token already; the tokenizer would add it again.
-    special = tokenizer.bos_token is None or not text.startswith(tokenizer.bos_token)
-    encoded = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
+    encoded = encode_prompt(tokenizer, text, return_offsets_mapping=True)
     weights = slot_weights(text, encoded["offset_mapping"], slots)
     groups = torch.arange(inp.n_features) if inp.mask is None else torch.tensor(inp.formatted_mask)
 
@@ -73,6 +71,12 @@ def _template_features(inp: TextTemplateInput, tokenizer: Any) -> Features:
         return inp.format_attr(by_group.reshape(-1, inp.n_itp_features)).reshape(*by_slot.shape)
 
     return Features(torch.tensor(encoded["input_ids"]), list(inp.values), weights.sum(0), collect)
+
+
+def encode_prompt(tokenizer: Any, text: str, **options: Any) -> Any:
+    """The tokens of a filled template. Where a chat template wrote the first special token, none is added again."""
+    special = tokenizer.bos_token is None or not text.startswith(tokenizer.bos_token)
+    return tokenizer(text, add_special_tokens=special, **options)
 
 
 def slot_characters(inp: TextTemplateInput) -> tuple[str, list[list[Chars]]]:
@@ -86,17 +90,21 @@ def slot_characters(inp: TextTemplateInput) -> tuple[str, list[list[Chars]]]:
         raise TemplateError(f"the template has {len(inp.values)} slots, at most {MAX_SLOTS} can be traced")
     if any(ord(char) >= OPEN for char in text):
         raise TemplateError("the text holds characters of Unicode's private planes, which mark the slots; remove them")
-    marked = [f"{chr(OPEN + i)}{value}{chr(CLOSE + i)}" for i, value in enumerate(inp.values)]
-    filled = (
-        inp.format_fn(**dict(zip(inp.dict_keys, marked, strict=True))) if inp.dict_keys else inp.format_fn(*marked)
-    )
+    marked = [_marked(i, value) for i, value in enumerate(inp.values)]
+    names = dict(zip(inp.dict_keys, marked, strict=True)) if inp.dict_keys else {}
+    filled = inp.format_fn(**names) if names else inp.format_fn(*marked)
     found, slots = _take_out(filled, len(inp.values))
     if found != text:
         raise TemplateError(
-            "the template changes its values (by a width, a case, a cut or an order), so their tokens cannot be told; "
+            "the template changes its values (by a width, a cut or an order), so their tokens cannot be told; "
             "format the values first and fill them in as they are"
         )
     return text, slots
+
+
+def _marked(slot: int, value: str) -> str:
+    """An empty value stays empty, because templates leave such values out."""
+    return f"{chr(OPEN + slot)}{value}{chr(CLOSE + slot)}" if value else value
 
 
 def _take_out(filled: str, slots: int) -> tuple[str, list[list[Chars]]]:

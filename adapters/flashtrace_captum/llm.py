@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NoReturn, Union
 
@@ -14,9 +14,10 @@ from torch import Tensor
 
 from flashtrace_captum.base import TokenAttribution, TokenScores
 from flashtrace_captum.errors import CaptumInputError
-from flashtrace_captum.features import Features, TextInput, features_of
+from flashtrace_captum.features import Features, TextInput, encode_prompt, features_of
 from flashtrace_captum.result import LLMTraceAttributionResult
 from flashtrace_plugin import Span, SpanError
+from flashtrace_plugin.metrics.likelihood import generation_logits, log_likelihood
 from flashtrace_plugin.models.guard import evaluating
 from flashtrace_plugin.text import from_ids, pieces
 
@@ -97,6 +98,26 @@ class LLMTraceAttribution(BaseLLMAttribution):
         )
         return self._result(inp, features, ids, where, through, found)
 
+    def presence_function(self, inp: TextInput, target: str | Tensor) -> Callable[[Tensor], Tensor]:
+        """log P(response) as a function of which features are present, for ``captum.metrics.infidelity``.
+
+        The function takes masks [b, features] of 1 and 0, replaces absent features by the baselines of ``inp``, and
+        gives [b] in nats, as ``captum.attr.LLMAttribution`` does internally.
+        """
+        response = self._response(features_of(inp, self.tokenizer).prompt_ids, target, None)
+
+        def log_p(presence: Tensor) -> Tensor:
+            rows = [self._presence_row(inp, row[None], response) for row in presence]
+            return torch.cat(rows).to(presence)
+
+        return log_p
+
+    def _presence_row(self, inp: TextInput, presence: Tensor, response: Tensor) -> Tensor:
+        given = inp.to_model_input(presence.cpu())
+        prompt = encode_prompt(self.tokenizer, given)["input_ids"] if isinstance(given, str) else given[0].tolist()
+        ids = torch.cat([torch.tensor(prompt), response])
+        return log_likelihood(self.model, ids[None], generation=Span(len(prompt), len(ids)))
+
     def attribute_future(self) -> NoReturn:
         """Not available, as in Captum's wrappers."""
         raise NotImplementedError(f"attribute_future is not implemented for {type(self).__name__}")
@@ -174,13 +195,10 @@ class LLMTraceAttribution(BaseLLMAttribution):
 
     def _log_probs(self, ids: Tensor, start: int) -> Tensor:
         """log P of each response token, [R], in nats and float32."""
-        wanted = ids[start:].to(self.device)
-        keeps = "logits_to_keep" in inspect.signature(self.model.forward).parameters
-        kept = {"logits_to_keep": len(wanted)} if keeps else {}
         with evaluating(self.model), torch.no_grad():
-            out = self.model(input_ids=ids[None, :-1].to(self.device), use_cache=False, **kept)
-        logits = out.logits[0, -len(wanted) :].float()
-        return logits.log_softmax(-1).gather(-1, wanted.to(logits.device)[:, None])[:, 0].to(self.device)
+            logits = generation_logits(self.model, Span(start, len(ids)), input_ids=ids[None, :-1].to(self.device))[0]
+        wanted = ids[start:, None].to(logits.device)
+        return logits.float().log_softmax(-1).gather(-1, wanted)[:, 0].to(self.device)
 
 
 def _ids(target: Tensor) -> Tensor:

@@ -35,27 +35,32 @@ Plot = tuple["Figure", "Axes"]
 
 
 def plot_scores(scores: Tensor, tokens: Sequence[str], title: str) -> Plot:
-    """One score per token, [n]: a bar for each, or windows over the text and the highest tokens in context."""
+    """One score per token, [n]: a bar for each, or windows over the text and the largest scores in context."""
     values = _numbers(scores)
     if len(values) <= ALL_BARS:
         return _all_bars(values, tokens, title)
     return _overview(values, tokens, title)
 
 
-def plot_rows(scores: Tensor, rows: Sequence[str], columns: Sequence[str], title: str) -> Plot:
-    """A heat map of [rows, columns]; many rows are added up in windows, of many columns the highest are shown."""
-    values, names = _windowed_rows(_numbers(scores), rows)
+def plot_rows(scores: Tensor, rows: Sequence[str], columns: Sequence[str], title: str, first: int = 0) -> Plot:
+    """A heat map of [rows, columns]; many rows are added up in windows, of many columns the largest are shown.
+
+    first: number of the first row, for the names of windows
+    """
+    values, names = _windowed_rows(_numbers(scores), rows, first)
     shown_columns = _top_columns(values)
     fig, ax = _figure(max(6.4, 2.5 + 0.42 * len(shown_columns)), max(3.2, 2.0 + 0.26 * len(names)))
     limit = float(np.abs(values).max()) or 1.0
     image = ax.imshow(values[:, shown_columns], vmin=-limit, vmax=limit, cmap=_colours(), aspect="auto")
-    fig.colorbar(image, ax=ax).ax.set_ylabel("attribution", rotation=-90, va="bottom")
+    scale = fig.colorbar(image, ax=ax).ax
+    scale.set_ylabel("attribution", rotation=-90, va="bottom")
+    scale.set_ylim(-limit if values.min() < 0 else 0, limit)
     every = len(shown_columns) == len(columns)
     labels = [label(columns[i]) if every else f"{label(columns[i])}  {i}" for i in shown_columns]
     _name_ticks(ax.xaxis, range(len(labels)), labels, rotation=90)
     _name_ticks(ax.yaxis, range(len(names)), names)
     _annotate(ax, values[:, shown_columns], limit)
-    chosen = "" if every else f" (the {len(shown_columns)} highest of {len(columns)} input features)"
+    chosen = "" if every else f" (the {len(shown_columns)} largest of {len(columns)} input features)"
     ax.set_title(shortened(title, 90) + chosen, fontsize="medium", parse_math=False)
     return fig, ax
 
@@ -84,16 +89,12 @@ def _all_bars(values: np.ndarray[Any, Any], tokens: Sequence[str], title: str) -
 
 
 def _overview(values: np.ndarray[Any, Any], tokens: Sequence[str], title: str) -> Plot:
-    """Above: sums over windows of the text. Below: the highest tokens, the highest at the top."""
+    """Above: sums over windows of the text. Below: the largest scores, the largest of all at the top."""
     width = math.ceil(len(values) / WINDOWS)
     starts = np.arange(0, len(values), width)
-    fig, (above, below) = _subplots(9.0, 7.6)
-    _bars(
-        above,
-        starts + (np.minimum(starts + width, len(values)) - starts) / 2 - 0.5,
-        np.add.reduceat(values, starts),
-        0.9 * width,
-    )
+    middles = (starts + np.minimum(starts + width, len(values)) - 1) / 2
+    fig, above, below = _two_panels(9.0, 7.6)
+    _bars(above, middles, np.add.reduceat(values, starts), 0.9 * width)
     above.set_xlim(-0.5, len(values) - 0.5)
     above.set_xlabel("token position" if width == 1 else f"token position, windows of {width} tokens")
     above.set_ylabel("attribution")
@@ -101,7 +102,7 @@ def _overview(values: np.ndarray[Any, Any], tokens: Sequence[str], title: str) -
     top = np.argsort(-np.abs(values), kind="stable")[:TOP][::-1]
     _bars(below, np.arange(len(top)), values[top], 0.8, horizontal=True)
     _name_ticks(below.yaxis, range(len(top)), [f"{in_context(tokens, i)}  {i}" for i in top])
-    below.set_xlabel(f"attribution of the {len(top)} highest of {len(values)} tokens, with their positions")
+    below.set_xlabel(f"attribution: the {len(top)} largest of {len(values)}, with their positions")
     return fig, above
 
 
@@ -114,13 +115,19 @@ def _bars(ax: Axes, at: Any, values: np.ndarray[Any, Any], size: float, *, horiz
     ax.spines[["top", "right"]].set_visible(False)
 
 
-def _windowed_rows(values: np.ndarray[Any, Any], rows: Sequence[str]) -> tuple[np.ndarray[Any, Any], list[str]]:
+def _windowed_rows(
+    values: np.ndarray[Any, Any], rows: Sequence[str], first: int
+) -> tuple[np.ndarray[Any, Any], list[str]]:
     """Rows as they are, or sums of equal windows of them with the range in their names."""
     if len(values) <= ALL_ROWS:
         return values, [label(row) for row in rows]
     width = math.ceil(len(values) / ALL_ROWS)
     starts = list(range(0, len(values), width))
-    names = [f"{label(''.join(rows[a : a + width]), 28)}  {a}–{min(a + width, len(rows)) - 1}" for a in starts]
+    parts = [rows[a : a + width] for a in starts]
+    names = [
+        f"{label(''.join(part), 28)}  {first + a}–{first + a + len(part) - 1}"
+        for a, part in zip(starts, parts, strict=True)
+    ]
     return np.add.reduceat(values, starts, axis=0), names
 
 
@@ -132,9 +139,12 @@ def _top_columns(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 
 def _annotate(ax: Axes, values: np.ndarray[Any, Any], limit: float) -> None:
+    """Writes the numbers that can be told from 0 by their colour."""
     if values.size > ANNOTATED:
         return
     for (row, column), value in np.ndenumerate(values):
+        if abs(value) < 0.01 * limit:
+            continue
         colour = "white" if abs(value) > 0.6 * limit else "black"
         ax.text(column, row, f"{value:.2g}", ha="center", va="center", fontsize=6.5, color=colour)
 
@@ -156,10 +166,10 @@ def _figure(width: float, height: float) -> Plot:
     return plt.subplots(figsize=(width, height), layout="constrained", facecolor="white")
 
 
-def _subplots(width: float, height: float) -> tuple[Figure, tuple[Axes, Axes]]:
+def _two_panels(width: float, height: float) -> tuple[Figure, Axes, Axes]:
+    """Two plots, one above the other, each with a left margin of its own."""
     import matplotlib.pyplot as plt
 
-    fig, axes = plt.subplots(
-        2, 1, figsize=(width, height), layout="constrained", facecolor="white", height_ratios=[1, 2]
-    )
-    return fig, tuple(axes)
+    fig = plt.figure(figsize=(width, height), layout="constrained", facecolor="white")
+    above, below = fig.subfigures(2, 1, squeeze=False, height_ratios=[1, 2])[:, 0]
+    return fig, above.subplots(), below.subplots()

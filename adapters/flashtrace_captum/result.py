@@ -93,7 +93,7 @@ class LLMTraceAttributionResult(LLMAttributionResult):
         return [TokenScore(i, self.input_tokens[i], float(self.seq_attr[i])) for i in order]
 
     def plot_seq_attr(self, show: bool = False) -> tuple[Figure, Axes] | None:
-        """Bars over all features if they are few; else windows over the text above the highest features."""
+        """Bars over all features if they are few; else windows over the text above the largest scores."""
         from flashtrace_captum.plots import plot_scores, shown
 
         title = f"Attribution of {self.answer_text.strip()!r} to the prompt"
@@ -110,7 +110,7 @@ class LLMTraceAttributionResult(LLMAttributionResult):
         return shown(plot_scores(self.response_attr[before], self.output_tokens[before], title), show)
 
     def plot_token_attr(self, show: bool = False) -> tuple[Figure, Axes] | None:
-        """A heat map of the computed rows; of long texts the highest features, and windows of rows."""
+        """A heat map of the computed rows; of long texts the largest columns, and windows of rows."""
         from flashtrace_captum.plots import plot_rows, shown
 
         if self.token_attr is None:
@@ -119,8 +119,10 @@ class LLMTraceAttributionResult(LLMAttributionResult):
                 "a token-wise method such as IFR"
             )
         computed = ~self.token_attr.isnan().any(1)
-        rows = [token for token, keep in zip(self.output_tokens, computed.tolist(), strict=True) if keep]
-        return shown(plot_rows(self.token_attr[computed], rows, self.input_tokens, "Attribution per token"), show)
+        numbers = computed.nonzero()[:, 0].tolist()
+        rows = [self.output_tokens[i] for i in numbers]
+        title = "Attribution of each answer token"
+        return shown(plot_rows(self.token_attr[computed], rows, self.input_tokens, title, numbers[0]), show)
 
     def plot_hop_attr(self, show: bool = False) -> tuple[Figure, Axes] | None:
         """A heat map of the hops: hop 0 from the answer, each further hop from the reasoning."""
