@@ -1,4 +1,4 @@
-"""How mass moves from the target through the reasoning to the prompt: the parts of the text, and what hops find there."""
+"""How mass moves from the target through the reasoning to the prompt: parts of the text, and what each hop finds."""
 
 from __future__ import annotations
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import math
 from collections.abc import Iterable
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -67,11 +66,10 @@ def _context(attribution: Attribution, evidence: frozenset[int]) -> dict[str, An
 def closure_sentence(attribution: Attribution) -> str:
     """What the closure error of an attribution means, in a sentence."""
     gap = attribution.closure_error
-    if not math.isfinite(gap):
-        return "This method does not add up parts of the residual stream, so there is no closure to check."
-    size = "exactly" if gap == 0 else f"up to a relative gap of {gap:.1e}"
+    if gap == 0:
+        return "No parts of the residual stream were added up, so there is no gap to check."
     return (
-        f"The parts that were read from the model add up to its own residual stream {size}. "
+        f"The parts that were read from the model add up to its residual stream up to a relative gap of {gap:.1e}. "
         "That is rounding: about 1e-7 is usual in float32 and 1e-2 in bfloat16; a larger gap would have been refused."
     )
 

@@ -73,10 +73,10 @@ class TopRow:
     gold: bool
 
 
-def top_rows(attribution: Attribution, evidence: Set[int]) -> list[TopRow]:
+def top_rows(attribution: Attribution, evidence: Set[int] = frozenset(), count: int = TOP) -> list[TopRow]:
     """The strongest tokens of the prompt, best first, those without a score left out."""
     whole = float(attribution.scores.sum())
-    best = [t for t in attribution.top(TOP) if t.score > 0]
+    best = [t for t in attribution.top(count) if t.score > 0]
     return [
         TopRow(
             t.position,

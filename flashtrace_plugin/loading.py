@@ -1,0 +1,110 @@
+"""Loading a model by name, and letting it write: what the command line needs around a method."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from flashtrace_plugin.errors import InputError
+from flashtrace_plugin.text import Prompt, TokenizedText, from_ids, render
+
+REASONER = "reasoner"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def load(
+    name: str,
+    *,
+    dtype: str = "auto",
+    device: str | None = None,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+) -> tuple[Any, Any]:
+    """A causal language model in evaluation mode, and its tokenizer.
+
+    name:              a folder, a name on the Hugging Face hub, or "reasoner" for the bundled model
+    dtype:             "auto" (as the weights are stored), "float32", "bfloat16" or "float16"
+    device:            as torch names it; by default an accelerator if there is one
+    trust_remote_code: runs code that comes with the model
+    allow_pickle:      also reads weights that are not safetensors; such files can run code
+
+    Raises InputError for a model that cannot be loaded and for a device that is not there.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+
+    logging.disable_progress_bar()
+    where = checked_device(device)
+    path = _bundled() if name == REASONER else _checked_folder(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=None if allow_pickle else True,
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"cannot load the model {name!r}: {str(error).strip().splitlines()[0]} "
+            "(give a folder with a causal language model and its tokenizer, or a name on the Hugging Face hub)"
+        ) from error
+    return model.to(where).eval(), tokenizer
+
+
+def _bundled() -> Path:
+    from flashtrace_plugin import reasoner
+
+    return reasoner.path()
+
+
+def _checked_folder(name: str) -> str:
+    """The name itself; raises InputError for one that can only be a folder and is not there."""
+    path = Path(name).expanduser()
+    if (path.is_absolute() or name.startswith(".")) and not path.is_dir():
+        raise InputError(f"cannot load the model {name!r}: there is no such folder")
+    return str(path) if path.is_dir() else name
+
+
+def checked_device(name: str | None) -> str:
+    """The device to use. Raises InputError for one that torch does not know or that is not there."""
+    import torch
+
+    own = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    here = ["cpu"] if own is None else [own.type, "cpu"]
+    kind = here[0] if name is None else name.partition(":")[0]
+    if kind not in here:
+        raise InputError(f"device {name!r} is not available; available here: {', '.join(here)}")
+    return name or kind
+
+
+def write(model: Any, tokenizer: Any, prompt: Prompt, max_new_tokens: int) -> TokenizedText:
+    """The prompt with what the model writes after it, greedily; tokens that end a text are left out.
+
+    Keeps the ids of the generation, which need not be those that its text would be tokenized to.
+    Raises InputError if the model writes nothing.
+    """
+    import torch
+
+    if not prompt:
+        raise InputError("the prompt is empty; there is nothing to generate from")
+    text, special = render(tokenizer, prompt)
+    inputs = tokenizer(text, add_special_tokens=special, return_tensors="pt").to(model.device)
+    start = inputs["input_ids"].shape[1]
+    with torch.no_grad():
+        greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        output = model.generate(**inputs, max_new_tokens=max_new_tokens, **greedy)
+    ids = output[0].cpu()
+    stop = len(ids)
+    while stop > start and int(ids[stop - 1]) in _ends(model):
+        stop -= 1
+    if stop == start:
+        raise InputError(f"the model ends the text right after the prompt {text[-40:]!r}; give a generation instead")
+    return from_ids(tokenizer, ids[:stop], start)
+
+
+def _ends(model: Any) -> set[int]:
+    settings = model.generation_config
+    ids = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+    return {i for i in (*ids, settings.pad_token_id) if i is not None}

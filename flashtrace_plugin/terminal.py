@@ -1,0 +1,79 @@
+"""An attribution in the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from typing import Literal
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from flashtrace_plugin.attribution import Attribution
+from flashtrace_plugin.report.flow import PARTS, hop_rows
+from flashtrace_plugin.report.marks import percent, shorten
+from flashtrace_plugin.report.tokens import top_rows
+
+_BAR, _TOKEN, _FIXED = 8, 14, 56
+"""Widths: the longest bar, a token, and all of a table but the text around its tokens."""
+_COLUMNS: tuple[tuple[str, Literal["left", "right"]], ...] = (
+    ("position", "right"),
+    ("", "right"),
+    ("token", "left"),
+    ("", "left"),
+    ("score", "right"),
+    ("share", "right"),
+    ("", "left"),
+)
+
+
+def show(attribution: Attribution, *, top: int = 10, evidence: Set[int] = frozenset(), console: Console) -> None:
+    """Prints what was explained, the strongest tokens of the prompt, and where each hop's mass lies.
+
+    top:      number of tokens
+    evidence: positions of the prompt that are known to be the evidence; they get a mark
+    """
+    console.print(_headline(attribution), "\n", sep="")
+    console.print(top_table(attribution, top, evidence, console.width))
+    console.print()
+    console.print(hop_table(attribution))
+
+
+def _headline(attribution: Attribution) -> Text:
+    reasoning = "no reasoning" if attribution.reasoning is None else f"reasoning {attribution.reasoning}"
+    target = shorten(attribution.text(attribution.target).strip(), 60)
+    facts = f"prompt {attribution.prompt}, {reasoning}, target {attribution.target}"
+    return Text.assemble((attribution.method, "bold"), ": what led to ", (repr(target), "bold"), f" ({facts})")
+
+
+def top_table(attribution: Attribution, count: int, evidence: Set[int] = frozenset(), width: int = 80) -> Table:
+    """The strongest tokens of the prompt, each between its neighbours, in a table of at most ``width`` columns."""
+    table = Table(title="Top tokens of the prompt", title_justify="left", box=None, pad_edge=False)
+    for name, justify in _COLUMNS:
+        table.add_column(name, justify=justify, no_wrap=True)
+    if evidence:
+        table.add_column("evidence")
+    around = min(30, (width - _FIXED) // 2)
+    for row in top_rows(attribution, evidence, count):
+        cells: list[str | Text] = [
+            str(row.position),
+            Text(row.before.strip()[-around:], "dim"),
+            Text(shorten(row.token, _TOKEN), "bold"),
+            Text(row.after.strip()[:around], "dim"),
+            f"{row.score:#.3g}",
+            percent(row.share),
+            "█" * max(1, round(_BAR * row.width)),
+        ]
+        table.add_row(*cells, *(["yes" if row.gold else ""] if evidence else []))
+    return table
+
+
+def hop_table(attribution: Attribution) -> Table:
+    """Share of each hop's mass on the parts of the text, and what the hop brings to the total."""
+    table = Table(title="Where each hop's mass lies", title_justify="left", box=None, pad_edge=False)
+    for name in ("hop", *PARTS, "weight", "of the total"):
+        table.add_column(name, justify="right")
+    for hop in hop_rows(attribution):
+        parts = [percent(hop.shares[part]) if hop.shares else "–" for part in PARTS]
+        table.add_row(str(hop.number), *parts, f"{hop.carried:#.3g}", percent(hop.score))
+    return table
