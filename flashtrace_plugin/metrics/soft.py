@@ -64,8 +64,8 @@ def soft_faithfulness(
 
     Scores are scaled to [0, 1] by their minimum and maximum; constant scores become 1/2. Δ(X') is the mean over
     ``samples`` draws. The random scores are drawn anew for each of them and share its uniform numbers.
-    Only the prompt is perturbed. Other arguments as in :func:`deletion_curve`. It costs 2 + 4 ``samples`` forward
-    passes of one row. Raises InputError for a model whose distributions do not depend on the prompt.
+    Only the prompt is perturbed. Other arguments as in :func:`deletion_curve`. It costs 2 + ``samples`` forward
+    passes, the latter of four rows. Raises InputError for a model whose distributions do not depend on the prompt.
     """
     lm = check_model(model)
     ids = check_ids(lm, torch.as_tensor(input_ids))
@@ -75,11 +75,11 @@ def soft_faithfulness(
         raise InputError(f"samples must be at least 1, got {samples}; 16 is usual")
     with evaluating(lm), torch.no_grad():
         probe = _Probe(lm, ids, watched, prompt_length)
-        whole = probe.distance(torch.zeros(prompt_length, 1))
+        whole = float(probe.distances(torch.zeros(1, prompt_length, 1)))
         if whole == 0:
             raise InputError("the generation does not depend on the prompt: Δ of an all-zero prompt is 0")
-        draws = list(_draws(probe, keep, samples, seed))
-    kept, dropped, random_kept, random_dropped = torch.tensor(draws, dtype=torch.float64).mean(0).tolist()
+        draws = [probe.distances(masks) for masks in _masks(keep, probe.embeddings.shape[-1], samples, seed)]
+    kept, dropped, random_kept, random_dropped = torch.stack(draws).mean(0).tolist()
     return SoftFaithfulness(
         nc=dropped / whole,
         ns=max(0.0, whole - kept) / whole,
@@ -96,31 +96,26 @@ class _Probe:
         self.embeddings = model.get_input_embeddings()(ids[:, : generation.stop - 1])
         self.original = self._root(self.embeddings)
 
-    def distance(self, mask: Tensor) -> float:
-        """mask: [prompt_length, d or 1]; result in [0, 1]"""
-        perturbed = self.embeddings.clone()
-        perturbed[:, : self.prompt_length] *= mask.to(perturbed)
+    def distances(self, masks: Tensor) -> Tensor:
+        """masks: [m, prompt_length, d or 1], one forward pass for all; result: [m] in [0, 1], float64 on the CPU"""
+        perturbed = self.embeddings.repeat(len(masks), 1, 1)
+        perturbed[:, : self.prompt_length] *= masks.to(perturbed)
         squared = (self._root(perturbed) - self.original).square().sum(-1) / 2
-        return float(squared.sqrt().mean())
+        return squared.sqrt().mean(-1).cpu().double()
 
     def _root(self, embeddings: Tensor) -> Tensor:
-        """Square roots of the distributions. result: [generation, V] float32"""
-        return generation_logits(self.model, self.generation, inputs_embeds=embeddings)[0].float().softmax(-1).sqrt()
+        """Square roots of the distributions. result: [m, generation, V] float32"""
+        return generation_logits(self.model, self.generation, inputs_embeds=embeddings).float().softmax(-1).sqrt()
 
 
-def _draws(probe: _Probe, keep: Tensor, samples: int, seed: int) -> Iterator[tuple[float, float, float, float]]:
-    """Δ for kept and dropped dimensions, by the scores and by random ones, once for each sample."""
+def _masks(keep: Tensor, width: int, samples: int, seed: int) -> Iterator[Tensor]:
+    """For each sample: dimensions kept and dropped by the scores, and by random ones. each: [4, prompt_length, d]"""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(samples):
-        uniform = torch.rand(len(keep), probe.embeddings.shape[-1], generator=generator)
+        uniform = torch.rand(len(keep), width, generator=generator)
         random = torch.rand(len(keep), generator=generator)
         kept, random_kept = uniform < keep[:, None], uniform < random[:, None]
-        yield (
-            probe.distance(kept),
-            probe.distance(~kept),
-            probe.distance(random_kept),
-            probe.distance(~random_kept),
-        )
+        yield torch.stack([kept, ~kept, random_kept, ~random_kept])
 
 
 def _unit(scores: Tensor) -> Tensor:
