@@ -1,0 +1,143 @@
+"""Which hook points of a bridge's block hold the parts of a layer, and how they become a record.
+
+Nothing here goes by the name of a family: what a block adds to or leaves out of the plain form is read from the
+bridge itself (a norm after attention, a residual multiplier, a parallel MLP, clipped values).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from flashtrace_plugin.core.layer import Layer
+from flashtrace_plugin.core.pattern import Pattern
+from flashtrace_plugin.errors import UnsupportedModelError
+from flashtrace_plugin.models.projection import by_head
+
+PARTS = {
+    "resid_pre": "hook_resid_pre",
+    "resid_mid": "hook_resid_mid",
+    "attn_out": "hook_attn_out",
+    "resid_post": "hook_resid_post",
+    "v": "attn.hook_v",
+    "pattern": "attn.hook_pattern",
+    "post_scale": "ln1_post.hook_scale",
+}
+"""Parts of a layer and their hook points, relative to ``blocks.{layer}``."""
+
+
+def names_filter(name: str) -> bool:
+    """Whether attribution needs this hook point: ``bridge.run_with_cache(tokens, names_filter=names_filter)``.
+
+    The hooks are ``hook_resid_pre``, ``hook_resid_mid`` (``hook_attn_out`` in parallel blocks), ``hook_resid_post``,
+    ``attn.hook_v`` and ``attn.hook_pattern`` of every block, and ``ln1_post.hook_scale`` of a norm after attention.
+    """
+    return name.startswith("blocks.") and name.split(".", 2)[-1] in PARTS.values()
+
+
+class HeadRows(Pattern, Protocol):
+    """A pattern with (some of) its rows, ``A`` [H, ..., N]."""
+
+    @property
+    def A(self) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block of a bridge. ``hooks`` maps the parts that this block has to the full names of their hook points."""
+
+    index: int
+    module: Any
+    hooks: Mapping[str, str]
+    clip: float | None
+
+    def pick(self, part: str, activation: Tensor, rows: Tensor) -> Tensor:
+        """What a record keeps of a hooked activation [1, ...], cloned because some models go on to write in place.
+
+        v: [H_kv, N, d_h];  pattern: [H, rows, N];  post_scale: [rows];  residual stream: [rows, d]
+        """
+        x = activation.detach()[0]
+        if part == "v":
+            return self._values(x)
+        rows = rows.to(x.device)
+        if part == "pattern":
+            return x[:, rows]
+        return 1 / x[rows, 0] if part == "post_scale" else x[rows]
+
+    def _values(self, v: Tensor) -> Tensor:
+        # Latent attention (MLA) hooks values by head already; OLMo clips them after the hook.
+        v = v.clone() if self._latent else v.transpose(0, 1).contiguous().clone()
+        return v if self.clip is None else v.clamp(-self.clip, self.clip)
+
+    @property
+    def _latent(self) -> bool:
+        return any(cls.__name__ == "MLAAttentionBridge" for cls in type(self.module.attn).__mro__)
+
+    def layer(self, parts: Mapping[str, Tensor], pattern: HeadRows) -> Layer:
+        """The record, from the parts that :meth:`pick` returned."""
+        W_O, b_O = by_head(self.module.attn.o.original_component, pattern.A.shape[0])
+        pre = parts["resid_pre"]
+        return Layer(
+            pattern=pattern,
+            v=parts["v"],
+            W_O=W_O,
+            b_O=b_O,
+            resid_pre=pre,
+            resid_mid=parts["resid_mid"] if "resid_mid" in parts else pre + parts["attn_out"],
+            resid_post=parts["resid_post"],
+            post_gain=self._post_gain(W_O.shape[-1], pre),
+            post_scale=parts.get("post_scale"),
+        )
+
+    def _post_gain(self, width: int, like: Tensor) -> Tensor | None:
+        if "post_scale" in self.hooks:
+            norm = self.module.ln1_post
+            return norm.weight.detach() + 1 if norm.uses_weight_offset else norm.weight.detach()
+        multiplier = getattr(self.module, "residual_contribution_scale", 1.0)
+        return None if multiplier == 1 else torch.full((width,), multiplier, device=like.device)
+
+
+def blocks_of(bridge: Any) -> list[Block]:
+    """The blocks of a bridge. Raises UnsupportedModelError for one that attention's heads alone do not explain."""
+    blocks = getattr(bridge, "blocks", None)
+    if blocks is None or getattr(bridge.original_model.config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{_class(bridge)} has no single stack of decoder blocks (no `bridge.blocks`); "
+            "only decoder-only language models can be attributed"
+        )
+    known = bridge.hook_dict
+    return [_block(bridge, known, i, module) for i, module in enumerate(blocks)]
+
+
+def _block(bridge: Any, known: Mapping[str, Any], index: int, module: Any) -> Block:
+    _refuse(bridge, index, module)
+    names = {part: f"blocks.{index}.{hook}" for part, hook in PARTS.items()}
+    hooks = {part: name for part, name in names.items() if name in known}
+    hooks.pop("attn_out" if "resid_mid" in hooks else "resid_mid", None)
+    missing = [n for part, n in names.items() if part not in {*hooks, "resid_mid", "attn_out", "post_scale"}]
+    if missing:
+        raise UnsupportedModelError(f"{_class(bridge)} has no hook point {missing[0]}, which attribution needs")
+    attention = module.attn.original_component
+    return Block(index, module, hooks, getattr(getattr(attention, "config", None), "clip_qkv", None))
+
+
+def _refuse(bridge: Any, index: int, module: Any) -> None:
+    if "attn" not in module._modules:
+        kinds = ", ".join(sorted(getattr(module, "submodules", {}))) or type(module).__name__
+        raise UnsupportedModelError(
+            f"layer {index} of {_class(bridge)} has no softmax attention ({kinds}), so there is no pattern to follow; "
+            "models with linear-attention or state-space layers cannot be attributed through hook points"
+        )
+    if hasattr(module.attn, "hook_q_gate"):
+        raise UnsupportedModelError(
+            f"layer {index} of {_class(bridge)} gates what its heads read (attn.hook_q_gate), position by position, "
+            "which is not part of the decomposition"
+        )
+
+
+def _class(bridge: Any) -> str:
+    return type(bridge.original_model).__name__
