@@ -15,12 +15,14 @@ except ImportError as error:
 
 from flashtrace_captum.base import TokenAttribution, TokenScores
 from flashtrace_captum.errors import CaptumInputError, TargetError, TemplateError
+from flashtrace_captum.heta import HETA
 from flashtrace_captum.inputs import TokenIdsInput
 from flashtrace_captum.llm import LLMTraceAttribution
 from flashtrace_captum.methods import IFR, FlashTrace, RecursiveAttribution
 from flashtrace_captum.result import LLMTraceAttributionResult
 
 __all__ = [
+    "HETA",
     "IFR",
     "CaptumInputError",
     "FlashTrace",

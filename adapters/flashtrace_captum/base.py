@@ -90,7 +90,7 @@ class TokenAttribution(CaptumAttribution, ABC):
             The prompt, which is all before the reasoning, has its scores; between prompt and target is the
             importance that passed through each token; from the target on, and on padding, it is 0.
         """
-        ids = _single(inputs)
+        ids = single(inputs)
         if ids.is_floating_point():
             raise CaptumInputError(
                 f"{self.get_name()} attributes token ids, got {ids.dtype}: it decomposes the whole model and has no "
@@ -119,7 +119,7 @@ class TokenAttribution(CaptumAttribution, ABC):
         score: Callable[[int, Example], Tensor],
     ) -> Inputs:
         """Scores [batch, length] of a batch, one example after the other, in the format of the inputs."""
-        values = _single(inputs)
+        values = single(inputs)
         examples = read_examples(values.shape[0], values.shape[1], target, additional_forward_args, reasoning)
         found = torch.zeros(values.shape[:2], device=values.device)
         for row, example in enumerate(examples):
@@ -136,7 +136,7 @@ class TokenAttribution(CaptumAttribution, ABC):
         return False
 
 
-def _single(inputs: Inputs) -> Tensor:
+def single(inputs: Inputs) -> Tensor:
     """The one tensor of the inputs, [batch, length] or [batch, length, d]."""
     values = inputs if isinstance(inputs, tuple) else (inputs,)
     if len(values) != 1 or not isinstance(values[0], Tensor):

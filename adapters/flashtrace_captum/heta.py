@@ -1,0 +1,147 @@
+"""HETA as a method of Captum, also on embeddings, which is what NoiseTunnel and the metrics perturb."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from captum.log import log_usage
+from torch import Tensor, nn
+
+import flashtrace_plugin
+from flashtrace_captum.base import Inputs, TokenAttribution, TokenScores, single
+from flashtrace_captum.errors import CaptumInputError
+from flashtrace_captum.methods import as_token_scores
+from flashtrace_captum.targets import Example, Target
+from flashtrace_plugin import Span
+
+
+class HETA(TokenAttribution):
+    r"""Hessian-Enhanced Token Attribution: attention flow times curvature and information of the log-probability.
+
+    Args:
+
+        forward_func (Module): a causal language model of transformers
+        tokenizer (optional): only for ``mask_token`` given as a text
+        **options: those of :class:`flashtrace_plugin.HETA` except ``hops``, for example ``curvature="low_rank"``
+
+    Examples::
+
+        >>> HETA(model).attribute(ids, target=slice(90, 94))
+        >>> embeddings = model.get_input_embeddings()(ids)
+        >>> NoiseTunnel(HETA(model)).attribute(embeddings, target=slice(90, 94), input_ids=ids).sum(-1)
+    """
+
+    def __init__(self, forward_func: Any, tokenizer: Any = None, **options: Any) -> None:
+        super().__init__(forward_func)
+        self.tokenizer, self.options = tokenizer, options
+        self._method(hops=0)  # refuses a model or an option now, not at the first call
+
+    @classmethod
+    def get_name(cls) -> str:
+        return "HETA"
+
+    @log_usage(part_of_slo=True)
+    def attribute(
+        self,
+        inputs: Inputs,
+        target: Target = None,
+        additional_forward_args: Any = None,
+        *,
+        reasoning: Target = None,
+        hops: int = 0,
+        input_ids: Tensor | None = None,
+    ) -> Inputs:
+        r"""As :meth:`TokenAttribution.attribute`, and on embeddings.
+
+        Args:
+
+            inputs (Tensor or tuple[Tensor]): token ids (batch, length), or the embeddings (batch, length, d) that
+                the model's embedding module gives for them
+            hops (int): how often importance is followed through the reasoning. Default: 0
+            input_ids (Tensor, optional): the token ids of embeddings, (batch, length), (1, length) for all of them,
+                or those of the examples before NoiseTunnel repeated each. Default: None
+
+        Returns:
+
+            *Tensor* or *tuple[Tensor]* of **attributions**: shaped like ``inputs``. A token's score stands in equal
+            parts on the dimensions of its embedding, so ``.sum(-1)`` gives the scores of tokens.
+        """
+        values = single(inputs)
+        if not values.is_floating_point():
+            if input_ids is not None:
+                raise CaptumInputError("inputs are token ids already; input_ids only goes with embeddings")
+            return super().attribute(inputs, target, additional_forward_args, reasoning=reasoning, hops=hops)
+        ids = _ids_of(values, input_ids)
+
+        def score(row: int, example: Example) -> Tensor:
+            given = values[row, example.kept.slice]
+            with _embedded(self.forward_func, ids[row, example.kept.slice], given):
+                return self.token_scores(
+                    ids[row, example.kept.slice],
+                    prompt_length=example.prompt_length,
+                    target=example.target,
+                    reasoning=example.reasoning,
+                    hops=hops,
+                ).scores
+
+        scores = self._each(values, target, additional_forward_args, reasoning, score)
+        width = values.shape[-1]
+        spread = (single(scores) / width)[..., None].expand(*values.shape).clone()
+        return (spread,) if isinstance(inputs, tuple) else spread
+
+    def token_scores(
+        self, input_ids: Tensor, *, prompt_length: int, target: Span, reasoning: Span | None = None, hops: int = 0
+    ) -> TokenScores:
+        """Scores of one sequence, see :meth:`TokenAttribution.token_scores`."""
+        return as_token_scores(
+            self._method(hops).attribute_ids(
+                input_ids, prompt_length=prompt_length, target=target, reasoning=reasoning
+            )
+        )
+
+    def _method(self, hops: int) -> flashtrace_plugin.HETA:
+        return flashtrace_plugin.HETA(self.forward_func, self.tokenizer, hops=hops, **self.options)
+
+
+def _ids_of(embeddings: Tensor, input_ids: Tensor | None) -> Tensor:
+    """One row of ids for each row of embeddings, [batch, length]."""
+    if embeddings.dim() != 3:
+        raise CaptumInputError(f"embeddings must be (batch, length, d), got {list(embeddings.shape)}")
+    if input_ids is None:
+        raise CaptumInputError(
+            "embeddings do not say which tokens are to be predicted; pass their ids as well, input_ids=ids"
+        )
+    batch, length = embeddings.shape[:2]
+    if input_ids.dim() != 2 or input_ids.shape[1] != length or batch % input_ids.shape[0]:
+        raise CaptumInputError(
+            f"input_ids of shape {list(input_ids.shape)} do not fit embeddings {list(embeddings.shape)}; "
+            "they must be (batch, length) or (1, length)"
+        )
+    return input_ids.repeat_interleave(batch // input_ids.shape[0], dim=0)
+
+
+@contextmanager
+def _embedded(model: Any, ids: Tensor, embeddings: Tensor) -> Iterator[None]:
+    """While inside, the model's embedding module gives these vectors for this text and for its beginnings.
+
+    ids: [n]; embeddings: [n, d]. Look-ups of single tokens, such as a mask's, are left alone.
+    """
+
+    def replace(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        asked = args[0]
+        if asked.dim() != 2 or asked.shape[0] != 1 or not torch.equal(asked[0].cpu(), ids[: asked.shape[1]].cpu()):
+            return None
+        return embeddings[None, : asked.shape[1]].detach().to(output)
+
+    module = model.get_input_embeddings()
+    width = module.weight.shape[1]
+    if embeddings.shape[1] != width:
+        raise CaptumInputError(f"embeddings have {embeddings.shape[1]} dimensions, the model's have {width}")
+    handle = module.register_forward_hook(replace)
+    try:
+        yield
+    finally:
+        handle.remove()
