@@ -11,6 +11,7 @@ from flashtrace_plugin.spans import Span
 
 if TYPE_CHECKING:
     from flashtrace_plugin.attribution import Attribution
+    from flashtrace_plugin.heta import HETA
     from flashtrace_plugin.methods import IFR, FlashTrace, RecursiveAttribution
 
 __version__ = "0.1.0"
@@ -19,11 +20,13 @@ __version__ = "0.1.0"
 _LAZY = {
     "Attribution": "flashtrace_plugin.attribution",
     "FlashTrace": "flashtrace_plugin.methods",
+    "HETA": "flashtrace_plugin.heta",
     "IFR": "flashtrace_plugin.methods",
     "RecursiveAttribution": "flashtrace_plugin.methods",
 }
 
 __all__ = [
+    "HETA",
     "IFR",
     "Attribution",
     "ClosureError",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, ClassVar
 
 import torch
@@ -133,6 +134,9 @@ class Method(ABC):
     def _attribute(self, text: TokenizedText, target: Span, reasoning: Span | None) -> Attribution:
         check_spans(len(text.input_ids), text.prompt_length, target, reasoning)
         task = Task(self.source.check_ids(text.input_ids), text.prompt_length, target, reasoning)
+        numbers = self._run(task)
+        # Options first, then what is known only after the run.
+        settings = self.settings() | self.source.describe() | numbers.pop("settings", {})
         return Attribution(
             tokens=text.tokens,
             token_ids=tuple(text.input_ids.tolist()),
@@ -140,8 +144,8 @@ class Method(ABC):
             reasoning=reasoning,
             target=target,
             method=self.name,
-            settings=self.settings() | self.source.describe(),
-            **self._run(task),
+            settings=settings,
+            **numbers,
         )
 
     def settings(self) -> dict[str, Any]:
@@ -150,7 +154,8 @@ class Method(ABC):
 
     @abstractmethod
     def _run(self, task: Task) -> dict[str, Any]:
-        """The numbers of an :class:`Attribution`: its tensors, ``closure_error`` and ``components``."""
+        """The numbers of an :class:`Attribution`: its tensors, ``closure_error`` and ``components``; and, under
+        ``settings``, what to add to the options."""
 
 
 class LayerMethod(Method):
@@ -366,5 +371,26 @@ def one_of(name: str, value: str, known: Iterable[str]) -> str:
     return value
 
 
-METHODS: dict[str, type[Method]] = {m.name: m for m in (FlashTrace, IFR, RecursiveAttribution)}
+class _Methods(Mapping[str, type[Method]]):
+    """Looks classes up by name and imports their module when they are asked for."""
+
+    _homes: ClassVar[dict[str, tuple[str, str]]] = {
+        "flashtrace": (__name__, "FlashTrace"),
+        "ifr": (__name__, "IFR"),
+        "recursive": (__name__, "RecursiveAttribution"),
+        "heta": ("flashtrace_plugin.heta", "HETA"),
+    }
+
+    def __getitem__(self, name: str) -> type[Method]:
+        module, cls = self._homes[name]
+        return getattr(import_module(module), cls)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._homes)
+
+    def __len__(self) -> int:
+        return len(self._homes)
+
+
+METHODS: Mapping[str, type[Method]] = _Methods()
 """Methods by name, as hosts and the command line choose them."""

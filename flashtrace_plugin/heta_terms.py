@@ -1,0 +1,249 @@
+"""The three terms of HETA for one weighted set of target tokens, read from a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from flashtrace_plugin.core.batches import Batches, out_of_memory
+from flashtrace_plugin.core.curvature import (
+    OVERSAMPLING,
+    block_curvature,
+    gradient_squared,
+    low_rank_curvature,
+    rademacher,
+)
+from flashtrace_plugin.core.gate import flow_mass, normalised, per_head_mass
+from flashtrace_plugin.core.information import information
+from flashtrace_plugin.core.layer import Layer
+from flashtrace_plugin.core.windows import Window, window_mean
+from flashtrace_plugin.errors import InputError, UnsupportedModelError
+from flashtrace_plugin.models.memory import forward_bytes, product_bytes
+from flashtrace_plugin.models.tails import Tails, twice_differentiable
+
+LARGEST_BATCH = 64
+BAR_DELAY = 5.0
+"""Seconds before a progress bar appears."""
+
+
+@dataclass(frozen=True)
+class WeightedTarget:
+    """g = sum_j w_j log P(x_j | x_<j), cut to what it depends on.
+
+    input_ids: [1, N]  the sequence before the last weighted token
+    weights:   [r]     of the last r of these positions, which predict the tokens
+    next_ids:  [r]     the tokens they predict
+    """
+
+    input_ids: Tensor
+    weights: Tensor
+    next_ids: Tensor
+
+    @classmethod
+    def of(cls, input_ids: Tensor, weights: Tensor) -> WeightedTarget:
+        """input_ids: [1, N]; weights: [N] on tokens, none on the first, at least one above 0"""
+        chosen = weights.nonzero()[:, 0]
+        first, last = int(chosen[0]), int(chosen[-1])
+        inside = slice(first, last + 1)
+        return cls(input_ids[:, :last], weights[inside].to(input_ids.device), input_ids[0, inside])
+
+    @property
+    def length(self) -> int:
+        return self.input_ids.shape[1]
+
+    def row_weights(self) -> Tensor:
+        """The weights on all positions. result: [N]"""
+        return torch.nn.functional.pad(self.weights, (self.length - len(self.weights), 0))
+
+    def log_prob(self, log_probs: Tensor) -> Tensor:
+        """The part of g that lies on the last rows. log_probs: [rows, V]; result: []"""
+        rows = len(log_probs)
+        chosen = log_probs.gather(1, self.next_ids[-rows:, None])[:, 0]
+        return chosen @ self.weights[-rows:].to(chosen)
+
+
+@dataclass
+class Cost:
+    """What a result took.
+
+    forwards: sequences, or tails of them, run forward
+    hvps:     Hessian-vector products
+    halved:   how often a batch was halved because memory ran out
+    """
+
+    forwards: int = 0
+    hvps: int = 0
+    halved: int = 0
+
+
+@dataclass(frozen=True)
+class Gate:
+    """M with where it comes from.
+
+    M:      [n]     sums to 1, or is 1 everywhere without a gate
+    heads:  [L, H]  share of each head in the flow; zeros where the gate reads no attention
+    """
+
+    M: Tensor
+    heads: Tensor
+
+
+def gate(kind: str | None, layers: list[Layer], target: WeightedTarget, n: int, spans: list[Window]) -> Gate:
+    """The gate over the first n positions; with windows normalised in each and averaged (Algorithm 1)."""
+    if kind is None or kind == "uniform":
+        return Gate(torch.full((n,), 1.0 if kind is None else 1 / n), torch.zeros(0, 0))
+    read = flow_mass if kind == "flow" else per_head_mass
+    mass = read(layers, target.row_weights())[..., :n]
+    M = mass.sum((0, 1))
+    return Gate(window_mean(n, spans, lambda a, b: normalised(M[a:b])), normalised(mass.sum(-1)))
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """How S is estimated; the fields are HETA's options of the same names."""
+
+    kind: str
+    probes: int
+    rank: int
+    seed: int
+
+
+class Terms:
+    """Curvature and information of one weighted target.
+
+    n:      positions 0..n are scored
+    budget: bytes of working memory to aim for
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        target: WeightedTarget,
+        n: int,
+        *,
+        last_layers: int | None,
+        budget: int,
+        progress: bool,
+        cost: Cost,
+    ) -> None:
+        self.model, self.target, self.n = model, target, n
+        self.budget, self.progress, self.cost = budget, progress, cost
+        self.tails = Tails(model, target.input_ids, len(target.weights), last_layers=last_layers)
+
+    def curvature(self, how: Curvature, spans: list[Window]) -> Tensor:
+        """S over the first n positions. result: [n], float32
+
+        A token's own block of H, and its gradient, do not depend on the window; a low-rank Hessian does.
+        """
+        X = self.tails.embeddings if self.tails.hidden is None else self.tails.hidden
+        generator = torch.Generator().manual_seed(how.seed)
+        k = how.rank + OVERSAMPLING
+
+        def within(a: int, b: int) -> Tensor:
+            size, width = b - a, X.shape[1]
+            omega = torch.randn(min(k, size * width), size, width, generator=generator)
+            probes = rademacher(how.probes, size, width, generator=generator)
+            return low_rank_curvature(self._g, X, omega, probes, start=a, batches=batches)
+
+        products = {
+            "full": self.n * how.probes,
+            "low_rank": sum(2 * min(k, (b - a) * X.shape[1]) for a, b in spans),
+            "gradient_squared": 0,
+        }[how.kind]
+        size = self.budget // product_bytes(self.model, self.target.length, len(self.target.weights))
+        with self._batches("curvature", size, products) as batches, _differentiable(self.model):
+            if how.kind == "gradient_squared":
+                S = gradient_squared(self._g, X)[: self.n]
+            elif how.kind == "low_rank":
+                S = window_mean(self.n, spans, within)
+            else:
+                probes = rademacher(how.probes, self.n, X.shape[1], generator=generator)
+                S = block_curvature(self._g, X, probes, batches=batches)
+        self.cost.hvps += batches.done
+        return self._finite(S, "curvature")
+
+    def information(self, replacement: Tensor) -> Tensor:
+        """I over the first n positions, in nats. replacement: [d]; result: [n], float32"""
+        tails, rows = self.tails, len(self.target.weights)
+        size = self.budget // forward_bytes(self.model, self.target.length, rows)
+        with torch.no_grad(), self._batches("information", size, self.n) as batches:
+            values = information(
+                tails.log_probs,
+                tails.embeddings,
+                replacement,
+                self.target.weights,
+                length=self.n,
+                batches=batches,
+            )
+        return self._finite(values, "information")
+
+    def _g(self, tail: Tensor, start: int) -> Tensor:
+        run = self.tails.log_probs if self.tails.hidden is None else self.tails.log_probs_from_hidden
+        return self.target.log_prob(run(tail[None], start)[0])
+
+    @contextmanager
+    def _batches(self, name: str, size: int, total: int) -> Iterator[Batches]:
+        before = self.tails.forwards
+        with tqdm(total=total, desc=f"heta {name}", delay=BAR_DELAY, disable=not self.progress, leave=False) as bar:
+            batches = Batches(max(1, min(size, LARGEST_BATCH)), bar.update)
+            with _fits_in_memory():
+                yield batches
+        self.cost.forwards += self.tails.forwards - before
+        self.cost.halved += batches.halved
+
+    def _finite(self, values: Tensor, name: str) -> Tensor:
+        if not bool(torch.isfinite(values).all()):
+            raise InputError(
+                f"HETA's {name} overflows in {self.model.dtype}: log-probabilities, probes and sums are float32, but "
+                "weights, activations and gradients keep the model's own type; load it in bfloat16 or float32"
+            )
+        return values.float().cpu()
+
+
+@contextmanager
+def _differentiable(model: PreTrainedModel) -> Iterator[None]:
+    """Eager attention and frozen parameters; what cannot be differentiated twice is named."""
+    try:
+        with twice_differentiable(model):
+            yield
+    except RuntimeError as error:
+        if out_of_memory(error):
+            raise
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be differentiated twice, even with eager attention: {error}. "
+            "Use curvature=None, or replace the kernel that has no second derivative"
+        ) from error
+
+
+@contextmanager
+def _fits_in_memory() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        raise InputError(
+            "HETA runs out of memory even with one item in a batch; shorten the text, use last_layers=... or "
+            "curvature='gradient_squared', or free memory"
+        ) from error
+
+
+def mask_vector(model: PreTrainedModel, kind: str, token: int | None) -> Tensor:
+    """What a masked token becomes: zero, the mean over the vocabulary, or the embedding of a token. result: [d]"""
+    embedding = model.get_input_embeddings()
+    weight = embedding.weight
+    if kind == "zero":
+        return torch.zeros_like(weight[0])
+    with torch.no_grad():
+        if kind != "mean":
+            return embedding(torch.tensor([token], device=weight.device))[0]
+        # Through the module, because some multiply by a factor.
+        parts = torch.arange(len(weight), device=weight.device).split(4096)
+        total = sum((embedding(part).double().sum(0) for part in parts), torch.zeros((), dtype=torch.float64))
+        return (total / len(weight)).to(weight.dtype)
