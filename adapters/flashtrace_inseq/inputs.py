@@ -19,6 +19,20 @@ from flashtrace_plugin.text import from_ids
 
 
 @dataclass(frozen=True)
+class Where:
+    """What the user chose to explain in one input.
+
+    target, reasoning: a span, a piece of the generation, or None
+    start, stop:       Inseq's ``attr_pos_start`` and ``attr_pos_end``, another way to give the target
+    """
+
+    target: Span | str | None = None
+    reasoning: Span | str | None = None
+    start: int | None = None
+    stop: int | None = None
+
+
+@dataclass(frozen=True)
 class Input:
     """A prompt and its generation as the model saw them.
 
@@ -40,6 +54,29 @@ class Input:
         while end > self.prompt_length + 1 and ids[end - 1] in ends:
             end -= 1
         return end
+
+    def locate(self, where: Where) -> tuple[Span, Span | None]:
+        """Target and reasoning as spans, given or found.
+
+        End-of-sequence tokens are part of a target only when a span or ``attr_pos_end`` includes them.
+        """
+        target: Span | str | None = where.target
+        if (where.start, where.stop) != (None, None):
+            if target is not None:
+                raise InputError(
+                    f"target={target!r} and attr_pos_start={where.start}, attr_pos_end={where.stop} are two ways to "
+                    "choose the target; use one"
+                )
+            target = self.between(where.start, where.stop)
+        text = from_ids(self.host.tokenizer, self.input_ids[: self.written], self.prompt_length)
+        return text.locate(target, where.reasoning)
+
+    def between(self, start: int | None, stop: int | None) -> Span:
+        """The span between Inseq's positions, which may be negative; prompt tokens are no targets."""
+        start = self.prompt_length if start is None else start
+        stop = self.written if stop is None else stop
+        start, stop = check_attribute_positions(len(self.input_ids), start, stop)
+        return Span(max(start, self.prompt_length), stop)
 
     def attribute(self, method: Method, target: Span, reasoning: Span | None) -> Attribution:
         """Runs a method on the ids."""
@@ -74,33 +111,6 @@ def _ids(host: Any, text: str, special: bool) -> list[int]:
     """As Inseq encodes one text: a second beginning-of-sequence token, from a chat template, is dropped."""
     ids = host.tokenizer(text, add_special_tokens=special)["input_ids"]
     return ids[1:] if len(ids) > 1 and ids[0] == ids[1] == host.bos_token_id else ids
-
-
-def locate(
-    read: Input, target: Span | str | None, reasoning: Span | str | None, positions: tuple[int | None, int | None]
-) -> tuple[Span, Span | None]:
-    """Target and reasoning as spans.
-
-    positions: Inseq's ``attr_pos_start`` and ``attr_pos_end``, another way to give the target
-
-    End-of-sequence tokens are part of a target only when a span or ``attr_pos_end`` includes them.
-    """
-    if positions != (None, None):
-        if target is not None:
-            raise InputError(
-                f"target={target!r} and attr_pos_start={positions[0]}, attr_pos_end={positions[1]} are two ways to "
-                "choose the target; use one"
-            )
-        target = _span_of(positions, read)
-    return from_ids(read.host.tokenizer, read.input_ids[: read.written], read.prompt_length).locate(target, reasoning)
-
-
-def _span_of(positions: tuple[int | None, int | None], read: Input) -> Span:
-    """The span between Inseq's positions, which may be negative; prompt tokens are no targets."""
-    start = read.prompt_length if positions[0] is None else positions[0]
-    stop = read.written if positions[1] is None else positions[1]
-    start, stop = check_attribute_positions(len(read.input_ids), start, stop)
-    return Span(max(start, read.prompt_length), stop)
 
 
 def _end_ids(host: Any) -> set[int]:

@@ -17,11 +17,10 @@ from inseq.utils import Registry
 from tqdm.auto import tqdm
 
 from flashtrace_inseq import aggregators, outputs  # noqa: F401  (defining an aggregator registers it)
-from flashtrace_inseq.inputs import Input, encode, locate, plain, spans_for
+from flashtrace_inseq.inputs import Input, Where, encode, plain, spans_for
 from flashtrace_inseq.outputs import FlashTraceSequenceOutput
 from flashtrace_plugin.errors import InputError
 from flashtrace_plugin.methods import IFR, FlashTrace, Method, RecursiveAttribution
-from flashtrace_plugin.spans import Span
 
 
 # Registry is a base once more, because Inseq takes every other subclass for a method with a name.
@@ -90,12 +89,12 @@ class PluginAttribution(FeatureAttribution, Registry):
             rows, self.method_name, len(texts), disable=not show_progress or len(texts) == 1
         ):
             read = encode(self.attribution_model, prompt, text, not skip_special_tokens, clean_special_chars)
-            found.append(self.explain(method, read, *locate(read, target, reasoning, (attr_pos_start, attr_pos_end))))
+            found.append(self.explain(method, read, Where(target, reasoning, attr_pos_start, attr_pos_end)))
         return [self._output(found, info | {"exec_time": (datetime.now() - begin).total_seconds()})]
 
-    def explain(self, method: Method, read: Input, target: Span, reasoning: Span | None) -> FlashTraceSequenceOutput:
+    def explain(self, method: Method, read: Input, where: Where) -> FlashTraceSequenceOutput:
         """The result for one input."""
-        return outputs.merged(read.tokens, read.attribute(method, target, reasoning))
+        return outputs.merged(read.tokens, read.attribute(method, *read.locate(where)))
 
     def _check_steps(self, step_scores: list[str] | None, output_step_attributions: bool) -> None:
         if step_scores or output_step_attributions:
@@ -127,8 +126,9 @@ class PluginAttribution(FeatureAttribution, Registry):
 class FlashTraceAttribution(PluginAttribution):
     """FlashTrace: explains a whole answer by the prompt, through the reasoning in between, in one forward pass.
 
-    The answer is one column, its tokens merged. ``out.show()`` gives the total over hops on the prompt,
-    ``out.show(hop=k)`` hop k over all tokens, ``flashtrace_inseq.attributions(out)`` all numbers.
+    The answer is one column, its tokens merged. ``out.show()`` gives the total over hops, ``out.show(hop=k)`` hop k,
+    ``flashtrace_inseq.attributions(out)`` all numbers. In the total, mass on the reasoning counts again on the tokens
+    that it came from.
 
     Reference: `Towards Long-Horizon Interpretability: Efficient and Faithful Multi-Token Attribution for
     Reasoning LLMs <https://arxiv.org/abs/2602.01914>`__.
@@ -170,9 +170,9 @@ class IFRAttribution(PluginAttribution):
     method_name = "ifr"
     core = IFR
 
-    def explain(self, method: Method, read: Input, target: Span, reasoning: Span | None) -> FlashTraceSequenceOutput:
+    def explain(self, method: Method, read: Input, where: Where) -> FlashTraceSequenceOutput:
         """The result for one input, a column for every token of the target."""
-        return outputs.per_token(read.tokens, read.attribute(method, target, reasoning))
+        return outputs.per_token(read.tokens, read.attribute(method, *read.locate(where)))
 
 
 class RecursiveTokenAttribution(PluginAttribution):

@@ -32,7 +32,7 @@ class FlashTraceSequenceOutput(FeatureAttributionSequenceOutput):
     """Raw output of one sequence: scores by part, and the attributions they were taken from.
 
     target_attributions: [rows, columns] or [rows, columns, parts]
-    _parts:              names of the parts: "total", then "hop 0", "hop 1", … or the components of the method
+    _parts:              names of the parts: "total", "hop 0", "hop 1", … and the components of the method
     _attributions:       one for every thing explained: a span, or each token of it
 
     Shown and aggregated by its total. Scores are shares of mass, so a single column is merged over tokens by
@@ -53,10 +53,7 @@ class FlashTraceSequenceOutput(FeatureAttributionSequenceOutput):
         self._dict_aggregate_fn = {
             "target_attributions": {"spans": "sum" if self.attr_pos_end - self.attr_pos_start == 1 else "absmax"}
         }
-        self._aggregator = self._default_aggregator() if self._num_dimensions == 3 else []
-
-    def _default_aggregator(self) -> str:
-        return "hops" if self._parts and "hop 0" in self._parts else "parts"
+        self._aggregator = "hops" if self._num_dimensions == 3 else []
 
     def _recover_from_safetensors(self) -> FlashTraceSequenceOutput:
         super()._recover_from_safetensors()
@@ -97,15 +94,17 @@ def _arrays(value: Any, otherwise: Any) -> Any:
 
 
 def merged(tokens: Sequence[TokenWithId], attribution: Attribution) -> FlashTraceSequenceOutput:
-    """One column for the whole target: the total, which counts the prompt only, and every hop."""
-    start = attribution.target.start
-    total = torch.zeros(start)
-    total[: len(attribution.scores)] = attribution.scores
-    parts = [TOTAL, *(f"hop {k}" for k in range(len(attribution.hop_scores)))]
-    scores = torch.cat([total[None], attribution.hop_scores[:, :start]])
-    column = torch.cat([scores.T, torch.full((1, len(parts)), torch.nan)])
-    label = TokenWithId("".join(token.token for token in tokens[attribution.target.slice]), -1)
-    return sequence([*tokens[:start], label], column[:, None], start, [attribution], parts)
+    """One column for the whole target."""
+    target = attribution.target
+    scores, parts = _column(attribution, target.start + 1)
+    return sequence([*tokens[: target.start], _joined(tokens[target.slice])], scores[:, None], [attribution], parts)
+
+
+def columns(tokens: Sequence[TokenWithId], attributions: list[Attribution]) -> FlashTraceSequenceOutput:
+    """One column for each of several attributions, whose targets are single tokens that follow each other."""
+    stop = attributions[-1].target.stop
+    found, parts = zip(*(_column(a, stop) for a in attributions), strict=True)
+    return sequence(tokens[:stop], torch.stack(found, dim=1), attributions, parts[0])
 
 
 def per_token(tokens: Sequence[TokenWithId], attribution: Attribution) -> FlashTraceSequenceOutput:
@@ -113,22 +112,30 @@ def per_token(tokens: Sequence[TokenWithId], attribution: Attribution) -> FlashT
     start, stop = attribution.target.start, attribution.target.stop
     scores = attribution.components["per_token"][:, :stop].T.clone()
     scores[torch.arange(stop)[:, None] >= torch.arange(start, stop)] = torch.nan
-    return sequence(tokens[:stop], scores, start, [attribution])
+    return sequence(tokens[:stop], scores, [attribution])
+
+
+def _column(a: Attribution, rows: int) -> tuple[Tensor, list[str]]:
+    """Scores [rows, parts] by part, NaN from the target on, and the names of the parts."""
+    parts = {TOTAL: a.totals} | {f"hop {k}": hop for k, hop in enumerate(a.hop_scores)} | dict(a.components)
+    before = torch.stack([scores[: a.target.start] for scores in parts.values()], dim=1)
+    return torch.cat([before, torch.full((rows - len(before), len(parts)), torch.nan)]), list(parts)
+
+
+def _joined(tokens: Sequence[TokenWithId]) -> TokenWithId:
+    """One token is itself; several become one without an id, as in Inseq's aggregation."""
+    return tokens[0] if len(tokens) == 1 else TokenWithId("".join(token.token for token in tokens), -1)
 
 
 def sequence(
-    tokens: Sequence[TokenWithId],
-    scores: Tensor,
-    start: int,
-    attributions: list[Attribution],
-    parts: list[str] | None = None,
+    tokens: Sequence[TokenWithId], scores: Tensor, attributions: list[Attribution], parts: list[str] | None = None
 ) -> FlashTraceSequenceOutput:
     """Inseq's result for one sequence.
 
-    tokens: rows' labels
+    tokens: labels of the rows, the last of which are those of the columns
     scores: [rows, columns] or [rows, columns, parts]
-    start:  row of the first column's token
     """
+    start = len(tokens) - scores.shape[1]
     return FlashTraceSequenceOutput(
         source=[TokenWithId(t.token, t.id) for t in tokens[:start]],
         target=list(tokens),
