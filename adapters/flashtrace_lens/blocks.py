@@ -69,7 +69,7 @@ class Block:
         return 1 / x[rows, 0] if part == "post_scale" else x[rows]
 
     def _values(self, v: Tensor) -> Tensor:
-        # Latent attention (MLA) hooks values by head already; OLMo clips them after the hook.
+        # Latent attention (MLA) hooks values by head already; OLMo and MPT clip them after the hook.
         v = v.clone() if self._latent else v.transpose(0, 1).contiguous().clone()
         return v if self.clip is None else v.clamp(-self.clip, self.clip)
 
@@ -121,8 +121,12 @@ def _block(bridge: Any, known: Mapping[str, Any], index: int, module: Any) -> Bl
     missing = [n for part, n in names.items() if part not in {*hooks, "resid_mid", "attn_out", "post_scale"}]
     if missing:
         raise UnsupportedModelError(f"{_class(bridge)} has no hook point {missing[0]}, which attribution needs")
-    attention = module.attn.original_component
-    return Block(index, module, hooks, getattr(getattr(attention, "config", None), "clip_qkv", None))
+    return Block(index, module, hooks, _clip(module.attn.original_component))
+
+
+def _clip(attention: Any) -> float | None:
+    """The bound of clipped values: OLMo keeps it in its configuration, MPT in the module."""
+    return getattr(attention, "clip_qkv", None) or getattr(getattr(attention, "config", None), "clip_qkv", None)
 
 
 def _refuse(bridge: Any, index: int, module: Any) -> None:

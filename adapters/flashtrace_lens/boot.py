@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from flashtrace_lens.capture import quiet
-from flashtrace_plugin.errors import ClosureError, UnsupportedModelError
+from flashtrace_plugin.errors import ClosureError, FlashTraceError, UnsupportedModelError
 from flashtrace_plugin.models.guard import check_model, evaluating
 
 CHECKED_TOKENS = 128
@@ -49,9 +49,9 @@ def bridge_for(model: PreTrainedModel, tokenizer: Any = None) -> Any:
             model_name=model.config.name_or_path or name,
         )
         verify(bridge, _probe(model), reference=model)
-    except (ValueError, RuntimeError, NotImplementedError) as error:
-        if isinstance(error, ClosureError):
-            raise
+    except FlashTraceError:
+        raise
+    except (ValueError, RuntimeError, AssertionError) as error:  # what TransformerLens' adapters refuse with
         raise UnsupportedModelError(
             f"TransformerLens cannot boot {name}: {error}. FlashTrace(model) on the Hugging Face model itself may work"
         ) from error

@@ -37,6 +37,7 @@ class BridgeSource:
         """``logits_checked`` is False where the bridge could not be compared with its Hugging Face model yet."""
         return {
             "model": self.bridge.cfg.model_name,
+            "family": self.bridge.original_model.config.get_text_config().model_type,
             "dtype": str(self.bridge.original_model.dtype).removeprefix("torch."),
             "source": self.name,
             "logits_checked": is_verified(self.bridge),
