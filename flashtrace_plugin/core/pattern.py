@@ -54,7 +54,7 @@ class QKPattern:
     scaling:   float         multiplies q k^T
     softcap:   float         scores become softcap * tanh(scores / softcap); None: no cap
     sinks:     [H]           extra logit per head that takes mass and gives no value (gpt-oss); None: no sink
-    bias:      [H or 1, rows, N]  added to the scores (ALiBi, arbitrary masks); None: no bias
+    bias:      [H or 1, rows or 1, N]  added to the scores (ALiBi, arbitrary masks); None: no bias
     """
 
     positions: Tensor
@@ -95,7 +95,8 @@ class QKPattern:
         if self.softcap is not None:
             scores = self.softcap * torch.tanh(scores / self.softcap)
         if self.bias is not None:
-            scores = scores + self.bias[:, rows, start:stop].float()
+            bias = self.bias if self.bias.shape[1] == 1 else self.bias[:, rows]
+            scores = scores + bias[..., start:stop].float()
         return scores
 
     def _hidden(self, queries: Tensor, start: int, stop: int) -> Tensor:

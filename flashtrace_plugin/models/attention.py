@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -32,9 +33,11 @@ _note: ContextVar[Note | None] = ContextVar("flashtrace_attention_note", default
 class AttentionCall:
     """What one attention module handed to its kernel.
 
-    q: [1, H, N, d_k];  k: [1, H_kv, N, d_k];  v: [1, H_kv, N, d_h];  mask: kernel's own form or None
+    kernel: "sdpa", "eager", ...
+    q: [1, H, N, d_k];  k: [1, H_kv, N, d_k];  v: [1, H_kv, N, d_h];  mask: the kernel's own form, or None
     """
 
+    kernel: str
     q: Tensor
     k: Tensor
     v: Tensor
@@ -45,14 +48,16 @@ class AttentionCall:
 def _kernel(module: nn.Module, name: str) -> Callable[..., Any]:
     if name != "eager":
         return ALL_ATTENTION_FUNCTIONS[name]
-    return inspect.getmodule(type(module)).eager_attention_forward  # type: ignore[union-attr]
+    # Each modelling file has its own eager function; a subclass defined elsewhere inherits that of its parent.
+    files = (inspect.getmodule(cls) for cls in type(module).__mro__)
+    return next(f.eager_attention_forward for f in files if hasattr(f, "eager_attention_forward"))  # type: ignore
 
 
 def _recorded(name: str) -> Callable[..., Any]:
     def attention(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, *args: Any, **options: Any) -> Any:
         note = _note.get()
         if note is not None:
-            note(module, AttentionCall(q, k, v, mask, options))
+            note(module, AttentionCall(name, q, k, v, mask, options))
         return _kernel(module, name)(module, q, k, v, mask, *args, **options)
 
     return attention
@@ -85,51 +90,69 @@ def recording(model: PreTrainedModel, note: Note) -> Iterator[None]:
         _note.reset(token)
 
 
-def first_keys(call: AttentionCall) -> tuple[Tensor | None, Tensor | None]:
-    """The mask as one interval of keys per query, ``first_key[i]..i``, plus what is left of it as a bias.
+def first_keys(call: AttentionCall) -> Tensor | None:
+    """The mask as one interval of keys per query, ``first_key[i]..i``, so that N numbers replace an N x N tensor.
 
-    Causal masks, sliding windows, chunks and left padding are intervals, so N numbers replace an N x N tensor.
+    Causal masks, sliding windows, chunks and left padding are such intervals. A float mask may also hold a bias
+    where it lets through; see :func:`score_bias`.
 
-    result: (first_key [N] or None, bias [H or 1, N, N] or None); (None, None) is plain causal attention
+    result: [N], or None for plain causal attention
     """
     mask, length = call.mask, call.q.shape[-2]
-    if not isinstance(mask, Tensor):
-        window = call.options.get("sliding_window")
-        return (None if window is None else _window_start(length, window, call.q.device)), None
-    if mask.dim() == 2:  # flash attention: the padding mask itself
+    if isinstance(mask, BlockMask):
+        return _interval(length, lambda rows, keys: mask.mask_mod(*_zeros(rows), rows, keys), call.q.device)
+    if "flash" in call.kernel:
+        return _flash_start(call)
+    if mask is None:
+        return None
+    seen = mask[0, 0, :length, :length]
+    if seen.dtype != torch.bool:
+        seen = seen > torch.finfo(seen.dtype).min / 2
+    return _interval(length, lambda rows, keys: seen[rows[:, 0]], seen.device)
+
+
+def score_bias(call: AttentionCall) -> Tensor | None:
+    """What is added to the attention scores beside the mask: [H or 1, N or 1, N], or None."""
+    bias, mask, length = call.options.get("position_bias"), call.mask, call.q.shape[-2]
+    if isinstance(mask, Tensor) and mask.is_floating_point():
+        added = mask[0, :, :length, :length]
+        if bool((added * (added > torch.finfo(added.dtype).min / 2)).any()):
+            return added if bias is None else added + bias[0]
+    return None if bias is None else bias[0]
+
+
+def _flash_start(call: AttentionCall) -> Tensor | None:
+    if call.mask is not None:
         raise UnsupportedModelError(
-            "a padded batch with flash attention is not supported; pass one sequence at a time"
+            "flash attention was given a padding mask; pass one sequence at a time, without padding"
         )
-    mask = mask[0, :, :length, :length]
-    if mask.dtype == torch.bool:
-        return _interval(mask[0]), None
-    open_ = mask > torch.finfo(mask.dtype).min / 2
-    if bool((mask * open_ == 0).all()):
-        return _interval(open_[0]), None
-    return _interval(open_[0]), mask
+    window = call.options.get("sliding_window")
+    if window is None:
+        return None
+    return (torch.arange(call.q.shape[-2], device=call.q.device) - window + 1).clamp_min(0)
 
 
-def _window_start(length: int, window: int, device: torch.device) -> Tensor:
-    return (torch.arange(length, device=device) - window + 1).clamp_min(0)
-
-
-def _interval(allowed: Tensor) -> Tensor | None:
-    """allowed: [N, N] bool -> first allowed key per query [N]; None when it is 0 everywhere (plain causal)."""
-    first = torch.cat([_block_start(allowed, begin) for begin in range(0, len(allowed), _ROWS)])
-    return None if bool((first == 0).all()) else first
+def _zeros(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Batch and head for which flex attention's mask is read."""
+    return rows.new_zeros(()), rows.new_zeros(())
 
 
 _ROWS = 256
 
 
-def _block_start(allowed: Tensor, begin: int) -> Tensor:
-    rows = allowed[begin : begin + _ROWS]
-    keys = torch.arange(rows.shape[1], device=rows.device)
-    queries = begin + torch.arange(len(rows), device=rows.device)
+def _interval(length: int, seen: Callable[[Tensor, Tensor], Tensor], device: torch.device) -> Tensor | None:
+    """First allowed key per query [N]; None when it is 0 everywhere. ``seen(rows [r, 1], keys [N])`` is [r, N] bool."""
+    keys = torch.arange(length, device=device)
+    first = torch.cat([_block_start(seen, rows[:, None], keys) for rows in keys.split(_ROWS)])
+    return None if bool((first == 0).all()) else first
+
+
+def _block_start(seen: Callable[[Tensor, Tensor], Tensor], queries: Tensor, keys: Tensor) -> Tensor:
+    rows = seen(queries, keys).expand(len(queries), len(keys))
     # A query that may see nothing (padding) is given itself, so that its softmax stays finite.
     blind = ~rows.any(-1)
-    first = torch.where(blind, queries, rows.to(torch.uint8).argmax(-1))
-    interval = (keys >= first[:, None]) & (keys <= queries[:, None])
+    first = torch.where(blind, queries[:, 0], rows.to(torch.uint8).argmax(-1))
+    interval = (keys >= first[:, None]) & (keys <= queries)
     if not bool(((interval == rows).all(-1) | blind).all()):
         raise UnsupportedModelError(
             "the attention mask is not one interval of keys ending at each query; only causal masks "
