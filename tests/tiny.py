@@ -28,20 +28,115 @@ COMMON = {
     "eos_token_id": EOS,
     "bos_token_id": BOS,
 }
-GATED = {"intermediate_size": 48, "num_key_value_heads": 2}
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+GPT2 = NO_DROPOUT | {"n_inner": 48}
+GATED = {"intermediate_size": 48, "num_key_value_heads": 2}
+WINDOW = GATED | {"sliding_window": 8}
+WIDE = GATED | {"head_dim": 12}
+WIDE_WINDOW = WIDE | WINDOW
+TWO_OF_FOUR = {"num_local_experts": 4, "num_experts_per_tok": 2}
+QWEN_MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+SHARED_EXPERT = {"shared_expert_intermediate_size": 24}
+DEEPSEEK_MOE = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "n_group": 2,
+    "topk_group": 1,
+}
+MLA = DEEPSEEK_MOE | {
+    "intermediate_size": 48,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 12,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 10,
+}
+LLAMA4 = WIDE | {
+    "intermediate_size_mlp": 48,
+    "num_local_experts": 4,
+    "attention_chunk_size": 8,
+    "no_rope_layer_interval": 2,
+    "interleave_moe_layer_step": 2,
+}
+EAGER = {"attn_implementation": "eager"}  # Falcon cannot change it later, and only eager attention shows its patterns
+FALCON_40B = {"new_decoder_architecture": True, "num_kv_heads": 2}
+FALCON_RW = {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True, "num_kv_heads": 4}
+GRANITE = GATED | {"residual_multiplier": 0.3, "attention_multiplier": 0.4, "embedding_multiplier": 3.0}
+FULL = {"layer_types": ["full_attention"] * 3}
+LOCAL = {"attention_types": [[["global", "local", "global"], 1]], "window_size": 8, "num_layers": 3, "num_heads": 4}
 
-# family -> (configuration class, what to set beyond COMMON). One line adds a family.
+# family -> (configuration class, what to set beyond COMMON). One line adds a family. What follows a colon names a
+# layout of the family other than its first; all else is the family's `model_type`.
 FAMILIES = {
+    "apertus": ("ApertusConfig", GATED),
+    "arcee": ("ArceeConfig", GATED),
+    "bloom": ("BloomConfig", {}),
+    "codegen": ("CodeGenConfig", GPT2 | {"rotary_dim": 4}),
+    "cohere": ("CohereConfig", GATED | {"use_qk_norm": True}),
+    "cohere2": ("Cohere2Config", WINDOW),
+    "deepseek_v2": ("DeepseekV2Config", MLA),
+    "deepseek_v3": ("DeepseekV3Config", MLA),
+    "dots1": ("Dots1Config", GATED | DEEPSEEK_MOE),
+    "ernie4_5": ("Ernie4_5Config", WIDE),
+    "ernie4_5_moe": (
+        "Ernie4_5_MoeConfig",
+        GATED | {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 24, "moe_num_shared_experts": 1},
+    ),
+    "exaone4": ("Exaone4Config", WINDOW | {"sliding_window_pattern": 2}),
+    "falcon": ("FalconConfig", EAGER),
+    "falcon:40b": ("FalconConfig", EAGER | FALCON_40B),
+    "falcon:alibi": ("FalconConfig", EAGER | FALCON_RW),
+    "gemma": ("GemmaConfig", WIDE),
+    "gemma2": ("Gemma2Config", WIDE_WINDOW | {"query_pre_attn_scalar": 12}),
+    "gemma3_text": ("Gemma3TextConfig", WIDE_WINDOW | {"query_pre_attn_scalar": 12}),
+    "glm": ("GlmConfig", WIDE),
+    "glm4": ("Glm4Config", WIDE),
+    "glm4_moe": ("Glm4MoeConfig", WIDE | DEEPSEEK_MOE),
+    "glm4_moe_lite": ("Glm4MoeLiteConfig", MLA),
+    "gpt2": ("GPT2Config", GPT2),
+    "gpt_bigcode": ("GPTBigCodeConfig", GPT2),
+    "gpt_bigcode:multi_head": ("GPTBigCodeConfig", GPT2 | {"multi_query": False}),
+    "gpt_neo": ("GPTNeoConfig", LOCAL | {"intermediate_size": 48}),
+    "gpt_neox": ("GPTNeoXConfig", {"intermediate_size": 48}),
+    "gpt_neox:sequential": ("GPTNeoXConfig", {"intermediate_size": 48, "use_parallel_residual": False}),
+    "gpt_oss": ("GptOssConfig", WIDE_WINDOW | TWO_OF_FOUR),
+    "gptj": ("GPTJConfig", GPT2 | {"rotary_dim": 4}),
+    "granite": ("GraniteConfig", GRANITE),
+    "granitemoe": ("GraniteMoeConfig", GRANITE | TWO_OF_FOUR),
+    "granitemoeshared": ("GraniteMoeSharedConfig", GRANITE | TWO_OF_FOUR | {"shared_intermediate_size": 24}),
+    "helium": ("HeliumConfig", GATED | {"head_dim": 8}),
+    "hunyuan_v1_dense": ("HunYuanDenseV1Config", WIDE),
+    "hunyuan_v1_moe": ("HunYuanMoEV1Config", WIDE | {"num_experts": 4, "moe_topk": 2}),
     "llama": ("LlamaConfig", GATED),
-    "mistral": ("MistralConfig", GATED | {"sliding_window": 8}),
-    "qwen2": ("Qwen2Config", GATED),
-    "qwen3": ("Qwen3Config", GATED | {"head_dim": 12}),
-    "gpt2": ("GPT2Config", NO_DROPOUT | {"n_inner": 48}),
-    "gemma2": ("Gemma2Config", GATED | {"head_dim": 12, "sliding_window": 8, "query_pre_attn_scalar": 12}),
+    "llama4_text": ("Llama4TextConfig", LLAMA4),
+    "minimax_m2": ("MiniMaxM2Config", WIDE | TWO_OF_FOUR),
+    "ministral": ("MinistralConfig", WIDE_WINDOW),
+    "ministral3": ("Ministral3Config", WIDE),
+    "mistral": ("MistralConfig", WINDOW),
+    "mixtral": ("MixtralConfig", GATED | TWO_OF_FOUR),
+    "mpt": ("MptConfig", {"attn_config": {"clip_qkv": 0.5}}),
+    "nemotron": ("NemotronConfig", WIDE),
+    "olmo": ("OlmoConfig", GATED | {"clip_qkv": 0.5}),
     "olmo2": ("Olmo2Config", GATED),
+    "olmo3": ("Olmo3Config", WINDOW),
+    "olmoe": ("OlmoeConfig", GATED | {"num_experts": 4, "num_experts_per_tok": 2}),
+    "opt": ("OPTConfig", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
+    "phi": ("PhiConfig", GATED | NO_DROPOUT),
     "phi3": ("Phi3Config", GATED | {"resid_pdrop": 0.0, "embd_pdrop": 0.0}),
-    "gptj": ("GPTJConfig", NO_DROPOUT | {"n_inner": 48, "rotary_dim": 4}),
+    "phimoe": ("PhimoeConfig", GATED | TWO_OF_FOUR),
+    "qwen2": ("Qwen2Config", GATED),
+    "qwen2_moe": ("Qwen2MoeConfig", GATED | QWEN_MOE | SHARED_EXPERT),
+    "qwen3": ("Qwen3Config", WIDE),
+    "qwen3_moe": ("Qwen3MoeConfig", WIDE | QWEN_MOE),
+    "seed_oss": ("SeedOssConfig", WIDE | {"residual_dropout": 0.0}),
+    "smollm3": ("SmolLM3Config", GATED | {"no_rope_layer_interval": 2}),
+    "stablelm": ("StableLmConfig", GATED | {"use_qkv_bias": True}),
+    "stablelm:parallel": ("StableLmConfig", GATED | {"use_parallel_residual": True, "qk_layernorm": True}),
+    "starcoder2": ("Starcoder2Config", GATED | {"residual_dropout": 0.0, "embedding_dropout": 0.0}),
 }
 
 

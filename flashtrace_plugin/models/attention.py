@@ -90,13 +90,40 @@ def recording(model: PreTrainedModel, note: Note) -> Iterator[None]:
         _note.reset(token)
 
 
+class MaskReader:
+    """Reads masks once: one serves every layer of its kind, and N x N comparisons cost as much as attention itself."""
+
+    def __init__(self) -> None:
+        self._known: list[tuple[Any, tuple[Tensor | None, Tensor | None]]] = []
+
+    def read(self, call: AttentionCall) -> tuple[Tensor | None, Tensor | None]:
+        """The mask as one interval of keys per query, ``first_key[i]..i``, and what else is added to the scores.
+
+        Causal masks, sliding windows, chunks and left padding are intervals, so N numbers replace an N x N tensor.
+
+        result: first_key [N] or None (plain causal attention), bias [H or 1, N or 1, N] or None
+        """
+        first, bias = self._mask(call)
+        extra = call.options.get("position_bias")
+        if extra is None:
+            return first, bias
+        return first, extra[0].detach() if bias is None else bias + extra[0].detach()
+
+    def _mask(self, call: AttentionCall) -> tuple[Tensor | None, Tensor | None]:
+        if call.mask is None:
+            return first_keys(call), None
+        for mask, parts in self._known:
+            if mask is call.mask:
+                return parts
+        parts = first_keys(call), _mask_bias(call)
+        self._known.append((call.mask, parts))
+        return parts
+
+
 def first_keys(call: AttentionCall) -> Tensor | None:
-    """The mask as one interval of keys per query, ``first_key[i]..i``, so that N numbers replace an N x N tensor.
+    """First key that each query reads [N], or None for plain causal attention.
 
-    Causal masks, sliding windows, chunks and left padding are such intervals. A float mask may also hold a bias
-    where it lets through; see :func:`score_bias`.
-
-    result: [N], or None for plain causal attention
+    Raises UnsupportedModelError if a query reads anything but an interval of keys that ends at itself.
     """
     mask, length = call.mask, call.q.shape[-2]
     if isinstance(mask, BlockMask):
@@ -111,14 +138,14 @@ def first_keys(call: AttentionCall) -> Tensor | None:
     return _interval(length, lambda rows, keys: seen[rows[:, 0]], seen.device)
 
 
-def score_bias(call: AttentionCall) -> Tensor | None:
-    """What is added to the attention scores beside the mask: [H or 1, N or 1, N], or None."""
-    bias, mask, length = call.options.get("position_bias"), call.mask, call.q.shape[-2]
-    if isinstance(mask, Tensor) and mask.is_floating_point():
-        added = mask[0, :, :length, :length]
-        if bool((added * (added > torch.finfo(added.dtype).min / 2)).any()):
-            return added if bias is None else added + bias[0]
-    return None if bias is None else bias[0]
+def _mask_bias(call: AttentionCall) -> Tensor | None:
+    """What a float mask adds where it lets through: [H or 1, N, N], or None."""
+    if not isinstance(call.mask, Tensor) or not call.mask.is_floating_point():
+        return None
+    length = call.q.shape[-2]
+    added = call.mask[0, :, :length, :length]
+    biased = any(bool((rows * (rows > torch.finfo(rows.dtype).min / 2)).any()) for rows in added.split(_ROWS, 1))
+    return added.detach() if biased else None
 
 
 def _flash_start(call: AttentionCall) -> Tensor | None:
@@ -141,7 +168,7 @@ _ROWS = 256
 
 
 def _interval(length: int, seen: Callable[[Tensor, Tensor], Tensor], device: torch.device) -> Tensor | None:
-    """First allowed key per query [N]; None when it is 0 everywhere. ``seen(rows [r, 1], keys [N])`` is [r, N] bool."""
+    """First allowed key per query [N]; None if it is 0 everywhere. ``seen(rows [r, 1], keys [N])`` is [r, N] bool."""
     keys = torch.arange(length, device=device)
     first = torch.cat([_block_start(seen, rows[:, None], keys) for rows in keys.split(_ROWS)])
     return None if bool((first == 0).all()) else first

@@ -57,7 +57,7 @@ def _keywords(module: nn.Module) -> Iterator[dict[str, Any]]:
 
 
 @contextmanager
-def inner_attn(module: nn.Module, note: Note) -> Iterator[None]:
+def inner_attn(module: Any, note: Note) -> Iterator[None]:
     """GPT-J, CodeGen, GPT-Neo: ``_attn(query, key, value, mask)``. GPT-Neo does not scale, and has local layers."""
     scaling = 1.0 / float(getattr(module, "scale_attn", 1.0))
 
@@ -72,7 +72,7 @@ def inner_attn(module: nn.Module, note: Note) -> Iterator[None]:
 
 
 @contextmanager
-def bloom(module: nn.Module, note: Note) -> Iterator[None]:
+def bloom(module: Any, note: Note) -> Iterator[None]:
     """BLOOM: ``_reshape`` splits the fused projection; ALiBi comes as [H, 1, N]."""
     with _keywords(module) as given:
 
@@ -85,7 +85,7 @@ def bloom(module: nn.Module, note: Note) -> Iterator[None]:
 
 
 @contextmanager
-def mpt(module: nn.Module, note: Note) -> Iterator[None]:
+def mpt(module: Any, note: Note) -> Iterator[None]:
     """MPT: q, k and v are thirds of the fused projection, clipped; ALiBi comes as [H, 1, max N], right-aligned."""
     with _keywords(module) as given, ExitStack() as stack:
 
@@ -110,7 +110,7 @@ def _allowed(masked: Tensor | None) -> Tensor | None:
 
 
 @contextmanager
-def falcon(module: nn.Module, note: Note) -> Iterator[None]:
+def falcon(module: Any, note: Note) -> Iterator[None]:
     """Falcon: ``_split_heads`` splits the fused projection, then q and k are rotated unless ALiBi is used.
 
     Its mask already holds ALiBi, divided by sqrt(d_h); its eager attention adds ALiBi a second time, so the two
@@ -132,7 +132,7 @@ def falcon(module: nn.Module, note: Note) -> Iterator[None]:
             yield
 
 
-def _falcon_bias(alibi: Tensor, module: nn.Module, kernel: str) -> Tensor:
+def _falcon_bias(alibi: Tensor, module: Any, kernel: str) -> Tensor:
     """What is added to the scores [1, H, 1, N], with the model's own rounding of what its mask holds."""
     in_mask = alibi / math.sqrt(module.head_dim)
     bias = in_mask if kernel == "sdpa" else in_mask.float() + alibi.float() * module.inv_norm_factor

@@ -9,199 +9,14 @@ Shapes: N positions, L layers, H query heads, d model width, d_h head width.
 
 from __future__ import annotations
 
-import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
 
-CLOSURE_TOLERANCE = 1e-5
+from tests.reference.reading import DenseLayer, closure_error, eager_copy, family_of, read_dense
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading a model
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class DenseLayer:
-    """Everything one layer did to one sequence, float64.
-
-    resid_pre, resid_mid, resid_post, mlp_out   [N, d]
-    pattern                                     [H, N, N]   row i attends to column j
-    v                                           [H, N, d_h] what head h reads, KV heads repeated
-    W_O, b_O                                    [H, d_h, d], [d]
-    gain, scale                                 [d], [N]    the norm after W_O; ones if there is none
-    """
-
-    resid_pre: Tensor
-    resid_mid: Tensor
-    resid_post: Tensor
-    mlp_out: Tensor
-    pattern: Tensor
-    v: Tensor
-    W_O: Tensor
-    b_O: Tensor = None
-    gain: Tensor = None
-    scale: Tensor = None
-
-    def __post_init__(self):
-        positions, width = self.resid_pre.shape
-        self.b_O = self.resid_pre.new_zeros(width) if self.b_O is None else self.b_O
-        self.gain = self.resid_pre.new_ones(width) if self.gain is None else self.gain
-        self.scale = self.resid_pre.new_ones(positions) if self.scale is None else self.scale
-
-
-@dataclass(frozen=True)
-class Family:
-    """Where a family of Hugging Face decoders keeps what `DenseLayer` needs; paths are relative to a block.
-
-    The values are the last KV heads * d_h outputs of `values`, which holds for separate and for fused projections.
-    `mid` is the module whose *input* is the residual stream after attention; None in parallel blocks, where
-    resid_mid := resid_pre + attention branch. `mlp_out` is the module whose *output* is added to the residual stream.
-    """
-
-    blocks: str = "model.layers"
-    attention: str = "self_attn"
-    values: str = "self_attn.v_proj"
-    output: str = "self_attn.o_proj"
-    mid: str | None = "post_attention_layernorm"
-    mlp_out: str = "mlp"
-    post_norm: str | None = None
-    unit_offset: bool = False  # the post-norm multiplies by 1 + weight
-
-
-LLAMA = Family()
-POST_NORMED = {"post_norm": "post_attention_layernorm", "mlp_out": "post_feedforward_layernorm"}
-GPT = {"blocks": "transformer.h", "attention": "attn"}
-
-FAMILIES = {
-    "llama": LLAMA,
-    "mistral": LLAMA,
-    "qwen2": LLAMA,
-    "qwen3": LLAMA,
-    "phi3": Family(values="self_attn.qkv_proj"),
-    "gemma2": Family(mid="pre_feedforward_layernorm", unit_offset=True, **POST_NORMED),
-    "olmo2": Family(mid="mlp", **POST_NORMED),
-    "gpt2": Family(values="attn.c_attn", output="attn.c_proj", mid="ln_2", **GPT),
-    "gptj": Family(values="attn.v_proj", output="attn.out_proj", mid=None, **GPT),
-}
-
-
-def read_dense(model, input_ids: Tensor) -> list[DenseLayer]:
-    """Run a copy of `model` with eager attention on `input_ids` ([N] or [1, N]) and record every layer.
-
-    Raises AssertionError if a block does not close:
-        resid_mid_i = resid_pre_i + scale_i gain * (b_O + sum_h sum_j pattern^h_ij v^h_j W_O^h)       (Eq. 14)
-    """
-    family = FAMILIES[model.config.model_type]
-    model = eager_copy(model)
-    blocks = model.get_submodule(family.blocks)
-    records = [_Record(block, family) for block in blocks]
-    with torch.no_grad():
-        result = model(input_ids=input_ids.reshape(1, -1), output_attentions=True, use_cache=False)
-    layers = [
-        _dense_layer(record, pattern[0], model.config, family)
-        for record, pattern in zip(records, result.attentions, strict=True)
-    ]
-    for index, layer in enumerate(layers):
-        error = closure_error(layer)
-        assert error < CLOSURE_TOLERANCE, f"{model.config.model_type}, layer {index}: closes only to {error:.1e}"
-    return layers
-
-
-def eager_copy(model):
-    """A deep copy in eval mode with eager attention; the given model is left untouched."""
-    model = copy.deepcopy(model).eval()
-    model.set_attn_implementation("eager")
-    return model
-
-
-def closure_error(layer: DenseLayer) -> float:
-    """Largest gap between resid_mid and its rebuilt value, relative to the largest entry of the attention branch."""
-    z = torch.einsum("hij,hjd->hid", layer.pattern, layer.v)
-    branch = layer.b_O + torch.einsum("hid,hdm->im", z, layer.W_O)
-    rebuilt = layer.resid_pre + layer.scale[:, None] * layer.gain * branch
-    return ((rebuilt - layer.resid_mid).abs().max() / (layer.resid_mid - layer.resid_pre).abs().max()).item()
-
-
-@dataclass
-class _Record:
-    """Clones of what passes through one block, by name; clones, because some families write in place."""
-
-    block: nn.Module
-    family: Family
-    seen: dict[str, Tensor] = field(default_factory=dict)
-
-    def __post_init__(self):
-        family = self.family
-        self._keep_input("resid_pre", "")
-        self._keep_output("resid_post", "")
-        self._keep_output("attention", family.attention)
-        self._keep_output("values", family.values)
-        self._keep_output("mlp_out", family.mlp_out)
-        if family.mid is not None:
-            self._keep_input("resid_mid", family.mid)
-        if family.post_norm is not None:
-            self._keep_input("post_norm_in", family.post_norm)
-
-    def _keep_input(self, name: str, path: str) -> None:
-        def hook(module, args, kwargs):
-            self.seen[name] = (args[0] if args else kwargs["hidden_states"])[0].detach().clone().double()
-
-        self.block.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True)
-
-    def _keep_output(self, name: str, path: str) -> None:
-        def hook(module, args, output):
-            first = output[0] if isinstance(output, tuple) else output
-            self.seen[name] = first[0].detach().clone().double()
-
-        self.block.get_submodule(path).register_forward_hook(hook)
-
-
-def _dense_layer(record: _Record, pattern: Tensor, config, family: Family) -> DenseLayer:
-    seen, heads = record.seen, config.num_attention_heads
-    resid_mid = seen["resid_mid"] if family.mid is not None else seen["resid_pre"] + seen["attention"]
-    W_O, b_O = _output_projection(record.block.get_submodule(family.output), heads)
-    gain, scale = _post_norm(record, family)
-    return DenseLayer(
-        resid_pre=seen["resid_pre"],
-        resid_mid=resid_mid,
-        resid_post=seen["resid_post"],
-        mlp_out=seen["mlp_out"],
-        pattern=pattern.detach().double(),
-        v=_values(seen["values"], heads, getattr(config, "num_key_value_heads", heads), W_O.shape[1]),
-        W_O=W_O,
-        b_O=b_O,
-        gain=gain,
-        scale=scale,
-    )
-
-
-def _values(projected: Tensor, heads: int, kv_heads: int, head_width: int) -> Tensor:
-    """[N, ..., KV * d_h] -> [H, N, d_h]: query head h reads KV head h // (H / KV)."""
-    values = projected[:, -kv_heads * head_width :].reshape(-1, kv_heads, head_width)
-    group = heads // kv_heads
-    return torch.stack([values[:, head // group] for head in range(heads)])
-
-
-def _output_projection(module: nn.Module, heads: int) -> tuple[Tensor, Tensor | None]:
-    """W_O [H, d_h, d] and b_O [d]; nn.Linear keeps [out, in], GPT-2's Conv1D keeps [in, out]."""
-    weight = module.weight if isinstance(module, Conv1D) else module.weight.T
-    bias = None if module.bias is None else module.bias.detach().double()
-    return weight.detach().double().reshape(heads, -1, weight.shape[1]), bias
-
-
-def _post_norm(record: _Record, family: Family) -> tuple[Tensor | None, Tensor | None]:
-    """Gain [d] and scale [N] = 1 / rms of an RMS norm between W_O and the residual stream (Eq. 13)."""
-    if family.post_norm is None:
-        return None, None
-    norm = record.block.get_submodule(family.post_norm)
-    epsilon = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
-    weight = norm.weight.detach().double()
-    mean_square = record.seen["post_norm_in"].pow(2).mean(-1)
-    return weight + 1 if family.unit_offset else weight, (mean_square + epsilon).rsqrt()
+__all__ = ["DenseLayer", "closure_error", "eager_copy", "family_of", "read_dense"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -250,6 +65,8 @@ def proximity(c: Tensor, t: Tensor) -> Tensor:
 def contributions(layer: DenseLayer, w: Tensor) -> Tensor:
     """c^h_j = a^h_j (v^h_j W_O^h) * gain, with a^h the flow of the weights w_i scale_i  (Eq. 6, 10, 17, 18).
 
+    Where heads are gated, every channel has a flow of its own: c^h_j = sum_i w_i A^h_ij (v^h_j * gate^h_i) W_O^h.
+
     w       [N]
     returns [H, N, d]
     """
@@ -257,7 +74,10 @@ def contributions(layer: DenseLayer, w: Tensor) -> Tensor:
     c = torch.zeros(*flow.shape, layer.resid_pre.shape[1], dtype=torch.float64)
     for head in range(flow.shape[0]):
         for j in range(flow.shape[1]):
-            c[head, j] = flow[head, j] * (layer.v[head, j] @ layer.W_O[head]) * layer.gain
+            read = flow[head, j] * layer.v[head, j]
+            if layer.gate is not None:
+                read = (w * layer.scale * layer.pattern[head, :, j]) @ layer.gate[head] * layer.v[head, j]
+            c[head, j] = (read @ layer.W_O[head]) * layer.gain
     return c
 
 
@@ -343,7 +163,7 @@ def flashtrace(
     """
     length = layers[0].resid_pre.shape[0]
     tokens = recursion_set(target, reasoning, recursion)
-    w = weights_at({j: 1.0 for j in range(*target)}, length, positions)
+    w = weights_at(dict.fromkeys(range(*target), 1.0), length, positions)
     alphas, rhos = [], []
     for _ in range(hops + 1):
         alpha = one_hop(layers, w).alpha
@@ -409,7 +229,7 @@ def exhaustive(
         alpha = one_hop(layers, weights_at({j: 1.0}, length, positions)).alpha
         rows[j] = _share(alpha, alpha.sum())
 
-    alphas = [_mixture(rows, {j: 1.0 for j in range(*target)}, length)]
+    alphas = [_mixture(rows, dict.fromkeys(range(*target), 1.0), length)]
     for _ in range(hops):
         alphas.append(_mixture(rows, {j: alphas[-1][j].item() for j in thinking}, length))
     return _result(alphas, [mass(alpha, thinking) for alpha in alphas], prompt_length)

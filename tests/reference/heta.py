@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tests.reference.dense import FAMILIES, DenseLayer, eager_copy, read_dense, weighted_flow
+from tests.reference.dense import DenseLayer, eager_copy, family_of, read_dense, weighted_flow
 
 LARGEST_ENUMERATION = 16
 
@@ -129,7 +129,7 @@ def embedding_objective(model, ids: Tensor, target: Span) -> tuple[Objective, Te
 def layer_objective(model, ids: Tensor, target: Span, last_layers: int) -> tuple[Objective, Tensor]:
     """g as a function of the hidden states [stop - 1, d] that enter layer L - last_layers, and those states."""
     X = embed(model, ids[: target[1] - 1])
-    blocks = model.get_submodule(FAMILIES[model.config.model_type].blocks)
+    blocks = model.get_submodule(family_of(model.config).blocks)
     block = blocks[len(blocks) - last_layers]
 
     def g(hidden: Tensor) -> Tensor:

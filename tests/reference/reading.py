@@ -1,0 +1,350 @@
+"""Reading every family of decoders slowly: eager attention, whole patterns, values from the model's projections.
+
+This is a second reading of every modelling file, made for checking the package's own: it hooks the projections and
+takes patterns from eager attention, where the package listens to what goes into the attention kernel.
+
+Shapes: N positions, L layers, H query heads, KV key-value heads, d model width, d_h head width.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+CLOSURE_TOLERANCE = 1e-5
+
+
+@dataclass
+class DenseLayer:
+    """Everything one layer did to one sequence, float64.
+
+    resid_pre, resid_mid, resid_post, mlp_out   [N, d]
+    pattern                                     [H, N, N]   row i attends to column j
+    v                                           [H, N, d_h] what head h reads, KV heads repeated
+    W_O, b_O                                    [H, d_h, d], [d]
+    gain, scale                                 [d], [N]    the norm after W_O; ones if there is none
+    gate                                        [H, N, d_h] multiplies what row i has read; None if there is none
+    """
+
+    resid_pre: Tensor
+    resid_mid: Tensor
+    resid_post: Tensor
+    mlp_out: Tensor
+    pattern: Tensor
+    v: Tensor
+    W_O: Tensor
+    b_O: Tensor = None
+    gain: Tensor = None
+    scale: Tensor = None
+    gate: Tensor = None
+
+    def __post_init__(self):
+        positions, width = self.resid_pre.shape
+        self.b_O = self.resid_pre.new_zeros(width) if self.b_O is None else self.b_O
+        self.gain = self.resid_pre.new_ones(width) if self.gain is None else self.gain
+        self.scale = self.resid_pre.new_ones(positions) if self.scale is None else self.scale
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where the values are in the output of a projection: [N, out] -> [N, KV, d_h]
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def last(projected: Tensor, config: Any, d_h: int) -> Tensor:
+    """Separate or concatenated projections: the values are the last KV * d_h outputs."""
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    return projected[:, -kv_heads * d_h :].unflatten(1, (kv_heads, d_h))
+
+
+def last_head(projected: Tensor, config: Any, d_h: int) -> Tensor:
+    """Multi-query attention: one KV head, at the end."""
+    return projected[:, None, -d_h:]
+
+
+def interleaved(projected: Tensor, config: Any, d_h: int) -> Tensor:
+    """Each head has its query, key and value side by side."""
+    return projected.unflatten(1, (config.num_attention_heads, 3, d_h))[:, :, 2]
+
+
+def clipped(projected: Tensor, config: Any, d_h: int) -> Tensor:
+    bound = config.clip_qkv if hasattr(config, "clip_qkv") else config.attn_config.clip_qkv
+    return last(projected.clamp(-bound, bound), config, d_h)
+
+
+def latent(projected: Tensor, config: Any, d_h: int) -> Tensor:
+    """Multi-head latent attention: each head has its unrotated key, then its value."""
+    return projected.unflatten(1, (config.num_attention_heads, -1))[..., -d_h:]
+
+
+def falcon_groups(projected: Tensor, config: Any, d_h: int) -> Tensor:
+    """Each group has its queries, one key and one value."""
+    return projected.unflatten(1, (config.num_kv_heads, -1, d_h))[:, :, -1]
+
+
+def codegen(projected: Tensor, config: Any, d_h: int) -> Tensor:
+    """Four slices, as for four devices, each with queries, values and keys."""
+    return projected.unflatten(1, (4, 3, -1, d_h))[:, :, 1].flatten(1, 2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Families
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where a family of Hugging Face decoders keeps what `DenseLayer` needs; paths are relative to a block.
+
+    `mid` is the module whose *input* is the residual stream after attention; None in parallel blocks, where
+    resid_mid := resid_pre + attention branch. `mlp_out` are the modules whose *outputs* are added to the stream, times
+    `scale` where the block multiplies its branches.
+    """
+
+    blocks: str = "model.layers"
+    attention: str = "self_attn"
+    values: str = "self_attn.v_proj"
+    split: Callable[[Tensor, Any, int], Tensor] = last
+    output: str = "self_attn.o_proj"
+    mid: str | None = "post_attention_layernorm"
+    mlp_out: tuple[str, ...] = ("mlp",)
+    post_norm: str | None = None
+    unit_offset: bool = False  # the post-norm multiplies by 1 + weight
+    scale: str | None = None  # field of the configuration that multiplies both branches
+    gate: bool = False  # every head of q_proj has its query, then the logits of its gate
+
+
+LLAMA = Family()
+FUSED = Family(values="self_attn.qkv_proj")
+PARALLEL = Family(mid=None)
+LATENT = Family(values="self_attn.kv_b_proj", split=latent)
+NORMED = {"post_norm": "post_attention_layernorm", "mlp_out": ("post_feedforward_layernorm",)}
+SANDWICH = Family(mid="pre_feedforward_layernorm", unit_offset=True, **NORMED)
+POST_NORM = Family(mid="mlp", **NORMED)
+GATED = Family(gate=True)
+GRANITE = Family(scale="residual_multiplier")
+GPT = {"blocks": "transformer.h", "attention": "attn"}
+GPT2 = Family(values="attn.c_attn", output="attn.c_proj", mid="ln_2", **GPT)
+GPTJ = Family(values="attn.v_proj", output="attn.out_proj", mid=None, **GPT)
+NEOX = Family(
+    blocks="gpt_neox.layers",
+    attention="attention",
+    values="attention.query_key_value",
+    split=interleaved,
+    output="attention.dense",
+)
+BLOOM = Family(
+    blocks="transformer.h",
+    attention="self_attention",
+    values="self_attention.query_key_value",
+    split=interleaved,
+    output="self_attention.dense",
+    mlp_out=("mlp.dense_4h_to_h",),
+)
+FALCON = replace(BLOOM, mlp_out=("mlp",))
+
+FAMILIES = {
+    "apertus": replace(LLAMA, mid="feedforward_layernorm"),
+    "bloom": BLOOM,
+    "codegen": replace(GPTJ, values="attn.qkv_proj", split=codegen),
+    "cohere": PARALLEL,
+    "cohere2": PARALLEL,
+    "deepseek_v2": LATENT,
+    "deepseek_v3": LATENT,
+    "exaone4": POST_NORM,
+    "gemma2": SANDWICH,
+    "gemma3_text": SANDWICH,
+    "glm4": Family(post_norm="post_self_attn_layernorm", mlp_out=("post_mlp_layernorm",)),
+    "glm4_moe_lite": LATENT,
+    "gpt2": GPT2,
+    "gpt_neo": replace(
+        GPTJ, attention="attn.attention", values="attn.attention.v_proj", output="attn.attention.out_proj", mid="ln_2"
+    ),
+    "gptj": GPTJ,
+    "granite": GRANITE,
+    "granitemoe": replace(GRANITE, mlp_out=("block_sparse_moe",)),
+    "granitemoeshared": replace(GRANITE, mlp_out=("block_sparse_moe", "shared_mlp")),
+    "llama4_text": replace(LLAMA, mlp_out=("feed_forward",)),
+    "mpt": Family(
+        blocks="transformer.blocks",
+        attention="attn",
+        values="attn.Wqkv",
+        split=clipped,
+        output="attn.out_proj",
+        mid="norm_2",
+        mlp_out=("ffn.down_proj",),
+    ),
+    "olmo": replace(LLAMA, split=clipped),
+    "olmo2": POST_NORM,
+    "olmo3": POST_NORM,
+    "opt": Family(
+        blocks="model.decoder.layers", output="self_attn.out_proj", mid="final_layer_norm", mlp_out=("fc2",)
+    ),
+    "phi": replace(PARALLEL, output="self_attn.dense"),
+    "phi3": FUSED,
+    "qwen3_5_text": GATED,
+    "qwen3_next": GATED,
+}
+
+
+def family_of(config: Any) -> Family:
+    """The family of a configuration; most are read like Llama."""
+    if config.model_type == "falcon":
+        return _falcon(config)
+    if config.model_type == "gpt_neox":
+        return replace(NEOX, mid=None) if config.use_parallel_residual else NEOX
+    if config.model_type == "gpt_bigcode":
+        return replace(GPT2, split=last_head if config.multi_query else interleaved)
+    if config.model_type == "stablelm" and config.use_parallel_residual:
+        return PARALLEL
+    return FAMILIES.get(config.model_type, LLAMA)
+
+
+def _falcon(config: Any) -> Family:
+    if config.new_decoder_architecture:
+        return replace(FALCON, split=falcon_groups, mid=None)
+    split = last_head if config.multi_query else interleaved
+    return replace(FALCON, split=split, mid=None if config.parallel_attn else FALCON.mid)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def read_dense(model, input_ids: Tensor) -> list[DenseLayer]:
+    """Run a copy of `model` with eager attention on `input_ids` ([N] or [1, N]) and record every layer.
+
+    Raises AssertionError if a block does not close:
+        resid_mid_i = resid_pre_i + scale_i gain * (b_O + sum_h sum_j pattern^h_ij v^h_j W_O^h)       (Eq. 14)
+    """
+    family = family_of(model.config)
+    model = eager_copy(model)
+    records = [_Record(block, family) for block in model.get_submodule(family.blocks)]
+    with torch.no_grad():
+        model(input_ids=input_ids.reshape(1, -1), use_cache=False)
+    layers = [_dense_layer(record, model.config) for record in records]
+    for index, layer in enumerate(layers):
+        error = closure_error(layer)
+        assert error < CLOSURE_TOLERANCE, f"{model.config.model_type}, layer {index}: closes only to {error:.1e}"
+    return layers
+
+
+def eager_copy(model):
+    """A deep copy in eval mode with eager attention; the given model is left untouched."""
+    model = copy.deepcopy(model).eval()
+    model.set_attn_implementation("eager")
+    return model
+
+
+def closure_error(layer: DenseLayer) -> float:
+    """Largest gap between resid_mid and its rebuilt value, relative to the largest entry of the attention branch."""
+    z = torch.einsum("hij,hjd->hid", layer.pattern, layer.v)
+    z = z if layer.gate is None else z * layer.gate
+    branch = layer.b_O + torch.einsum("hid,hdm->im", z, layer.W_O)
+    rebuilt = layer.resid_pre + layer.scale[:, None] * layer.gain * branch
+    return ((rebuilt - layer.resid_mid).abs().max() / (layer.resid_mid - layer.resid_pre).abs().max()).item()
+
+
+@dataclass
+class _Record:
+    """Clones of what passes through one block, by name; clones, because some families write in place."""
+
+    block: nn.Module
+    family: Family
+    seen: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self):
+        family = self.family
+        self._keep_input("resid_pre", "")
+        self._keep_output("resid_post", "")
+        self._keep_output("attention", family.attention)
+        self._keep_output("values", family.values)
+        self._keep_pattern()
+        for path in family.mlp_out:
+            self._keep_output(path, path)
+        if family.mid is not None:
+            self._keep_input("resid_mid", family.mid)
+        if family.post_norm is not None:
+            self._keep_input("post_norm_in", family.post_norm)
+        if family.gate:
+            self._keep_output("gate", "self_attn.q_proj")
+
+    def _keep_input(self, name: str, path: str) -> None:
+        def hook(module, args, kwargs):
+            self.seen[name] = _rows(args[0] if args else kwargs["hidden_states"])
+
+        self.block.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True)
+
+    def _keep_output(self, name: str, path: str) -> None:
+        def hook(module, args, output):
+            self.seen[name] = _rows(output[0] if isinstance(output, tuple) else output)
+
+        self.block.get_submodule(path).register_forward_hook(hook)
+
+    def _keep_pattern(self) -> None:
+        def hook(module, args, output):
+            self.seen["pattern"] = output[1][0].detach().clone().double()
+
+        self.block.get_submodule(self.family.attention).register_forward_hook(hook)
+
+
+def _rows(activation: Tensor) -> Tensor:
+    """[1, N, width] or [N, width] -> [N, width] in float64."""
+    return activation.detach().clone().double().reshape(-1, activation.shape[-1])
+
+
+def _dense_layer(record: _Record, config) -> DenseLayer:
+    seen, family, heads = record.seen, record.family, config.num_attention_heads
+    W_O, b_O = _output_projection(record.block.get_submodule(family.output), heads)
+    gain, scale = _post_norm(record, family)
+    times = 1.0 if family.scale is None else getattr(config, family.scale)
+    values = family.split(seen["values"], config, W_O.shape[1])
+    return DenseLayer(
+        resid_pre=seen["resid_pre"],
+        resid_mid=seen["resid_mid"] if family.mid is not None else seen["resid_pre"] + seen["attention"],
+        resid_post=seen["resid_post"],
+        mlp_out=times * sum(seen[path] for path in family.mlp_out),
+        pattern=seen["pattern"],
+        v=_repeated(values, heads),
+        W_O=W_O,
+        b_O=b_O,
+        gain=gain if family.scale is None else torch.full(W_O.shape[-1:], times, dtype=torch.float64),
+        scale=scale,
+        gate=_gate(seen["gate"], heads) if family.gate else None,
+    )
+
+
+def _repeated(values: Tensor, heads: int) -> Tensor:
+    """[N, KV, d_h] -> [H, N, d_h]: query head h reads KV head h // (H / KV)."""
+    group = heads // values.shape[1]
+    return torch.stack([values[:, head // group] for head in range(heads)])
+
+
+def _gate(projected: Tensor, heads: int) -> Tensor:
+    """[N, H * 2 d_h] -> [H, N, d_h]"""
+    return torch.sigmoid(projected.unflatten(1, (heads, 2, -1))[:, :, 1]).transpose(0, 1)
+
+
+def _output_projection(module: nn.Module, heads: int) -> tuple[Tensor, Tensor | None]:
+    """W_O [H, d_h, d] and b_O [d]; nn.Linear keeps [out, in], GPT-2's Conv1D keeps [in, out]."""
+    weight = module.weight if isinstance(module, Conv1D) else module.weight.T
+    bias = None if module.bias is None else module.bias.detach().double()
+    return weight.detach().double().reshape(heads, -1, weight.shape[1]), bias
+
+
+def _post_norm(record: _Record, family: Family) -> tuple[Tensor | None, Tensor | None]:
+    """Gain [d] and scale [N] = 1 / rms of an RMS norm between W_O and the residual stream (Eq. 13)."""
+    if family.post_norm is None:
+        return None, None
+    norm = record.block.get_submodule(family.post_norm)
+    epsilon = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
+    weight = norm.weight.detach().double()
+    mean_square = record.seen["post_norm_in"].pow(2).mean(-1)
+    return weight + 1 if family.unit_offset else weight, (mean_square + epsilon).rsqrt()
