@@ -61,6 +61,7 @@ def test_settings_name_method_options_and_model(result):
         "positions": "token",
         "ignore": [3, "a"],
         "model": "Qwen3ForCausalLM",
+        "family": "qwen3",
         "dtype": "float32",
         "source": "streaming",
     }

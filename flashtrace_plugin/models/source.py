@@ -31,7 +31,7 @@ class Source(Protocol):
         ...
 
     def describe(self) -> dict[str, Any]:
-        """What to note in the settings of a result: model class, dtype, source."""
+        """What to note in the settings of a result: model, family, dtype, source."""
         ...
 
 
@@ -56,8 +56,12 @@ class HuggingFaceSource:
         return capture(self.model, input_ids, rows)
 
     def describe(self) -> dict[str, Any]:
-        name = self.model.config.name_or_path or type(self.model).__name__
-        return {"model": name, "dtype": str(self.model.dtype).removeprefix("torch."), "source": "streaming"}
+        return {
+            "model": self.model.config.name_or_path or type(self.model).__name__,
+            "family": self.model.config.get_text_config().model_type,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "source": "streaming",
+        }
 
 
 def source_for(model: Any) -> Source:
