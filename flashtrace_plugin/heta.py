@@ -10,7 +10,7 @@ pass serves the span whatever its length. A single token with w = 1 is the paper
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,35 +20,21 @@ from transformers import PreTrainedModel
 from flashtrace_plugin.core.recursion import recurse
 from flashtrace_plugin.core.windows import Window, windows
 from flashtrace_plugin.errors import InputError, UnsupportedModelError
+from flashtrace_plugin.heta_options import (
+    CURVATURES,
+    GATES,
+    MASKS,
+    PRESETS,
+    RESCALES,
+    at_least,
+    checked_choice,
+    checked_overlap,
+    checked_weight,
+)
 from flashtrace_plugin.heta_terms import Cost, Curvature, Gate, Terms, WeightedTarget, gate, mask_vector
 from flashtrace_plugin.methods import LayerMethod, Task, checked_hops, one_of
 from flashtrace_plugin.models.guard import evaluating
 from flashtrace_plugin.models.memory import peak_memory
-
-GATES = ("flow", "per_head", "uniform")
-CURVATURES = ("full", "low_rank", "gradient_squared")
-MASKS = ("zero", "mean", "pad", "token")
-RESCALES = ("max",)
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "full": {},
-    "LR": {"curvature": "low_rank", "rank": 64},
-    "LS": {"last_layers": 6},
-    "WIN": {"window": 512, "overlap": 0.5},
-    "LR+WIN": {"curvature": "low_rank", "rank": 64, "window": 512, "overlap": 0.5},
-    "LS+WIN": {"last_layers": 6, "window": 512, "overlap": 0.5},
-    "GS": {"curvature": "gradient_squared"},
-}
-"""The variants of the paper's Tables 9, 10 and 12 by their names there."""
-
-ABLATIONS: dict[str, dict[str, Any]] = {
-    "transition only": {"curvature": None, "mask": None},
-    "Hessian only": {"gate": None, "mask": None},
-    "KL only": {"gate": None, "curvature": None},
-    "no gate": {"gate": None},
-    "uniform gate": {"gate": "uniform"},
-}
-"""The configurations of the paper's Table 5 beside the full method."""
 
 
 class HETA(LayerMethod):
@@ -103,21 +89,21 @@ class HETA(LayerMethod):
     ) -> None:
         super().__init__(model, tokenizer)
         self.model = _differentiable_model(self.source)
-        self.beta, self.gamma = _weight("beta", beta), _weight("gamma", gamma)
+        self.beta, self.gamma = checked_weight("beta", beta), checked_weight("gamma", gamma)
         if beta == gamma == 0:
             raise InputError(
                 "beta and gamma are both 0, so every score is 0; for the gate alone use curvature=None, mask=None"
             )
-        self.curvature = _choice("curvature", curvature, CURVATURES)
-        self.probes, self.rank = _at_least("probes", probes, 1), _at_least("rank", rank, 1)
-        self.last_layers = None if last_layers is None else _at_least("last_layers", last_layers, 1)
-        self.window = None if window is None else _at_least("window", window, 1)
-        self.overlap = _overlap(overlap)
-        self.gate, self.mask = _choice("gate", gate, GATES), _choice("mask", mask, MASKS)
+        self.curvature = checked_choice("curvature", curvature, CURVATURES)
+        self.probes, self.rank = at_least("probes", probes, 1), at_least("rank", rank, 1)
+        self.last_layers = None if last_layers is None else at_least("last_layers", last_layers, 1)
+        self.window = None if window is None else at_least("window", window, 1)
+        self.overlap = checked_overlap(overlap)
+        self.gate, self.mask = checked_choice("gate", gate, GATES), checked_choice("mask", mask, MASKS)
         self.mask_token = self._mask_token(mask_token)
-        self.rescale = _choice("rescale", rescale, RESCALES)
+        self.rescale = checked_choice("rescale", rescale, RESCALES)
         self.hops, self.seed = checked_hops(hops), seed
-        self.memory_budget, self.progress = _at_least("memory_budget", memory_budget, 1), progress
+        self.memory_budget, self.progress = at_least("memory_budget", memory_budget, 1), progress
 
     @classmethod
     def preset(cls, model: Any, tokenizer: Any = None, name: str = "full", **options: Any) -> HETA:
@@ -147,7 +133,9 @@ class HETA(LayerMethod):
             alpha = passes[-1].padded(task.length)
             return alpha * (passes[0].scores.sum() / alpha.sum()) if alpha.sum() > 0 else alpha
 
-        with evaluating(self.model):
+        # Tensors made in inference mode cannot be differentiated, whatever the caller's mode is.
+        with torch.inference_mode(False), evaluating(self.model):
+            task = replace(task, input_ids=task.input_ids.clone())
             initial, through = task.mask(task.target).float(), task.mask(task.reasoning)
             found = recurse(step, initial, through, self.hops if task.reasoning else 0)
         missing = self.hops + 1 - len(found.hop_scores)
@@ -313,27 +301,3 @@ def _differentiable_model(source: Any) -> PreTrainedModel:
             "TransformerBridge was booted from"
         )
     return model
-
-
-def _weight(name: str, value: float) -> float:
-    if not value >= 0:
-        raise InputError(f"{name} must be >= 0, got {value}; 0 leaves the term out of the score")
-    return float(value)
-
-
-def _choice(name: str, value: str | None, known: tuple[str, ...]) -> str | None:
-    return None if value is None else one_of(name, value, known)
-
-
-def _at_least(name: str, value: int, bound: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < bound:
-        raise InputError(f"{name} must be a whole number >= {bound}, got {value!r}")
-    return value
-
-
-def _overlap(value: float) -> float:
-    if not 0 <= value < 1:
-        raise InputError(
-            f"overlap must be in [0, 1), got {value}; it is the share of a window that the next one repeats"
-        )
-    return float(value)
