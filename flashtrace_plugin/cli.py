@@ -65,11 +65,12 @@ def _options(
 def _writable(path: Path | None) -> Path | None:
     """Refused before the work, not after it."""
     if path is not None and not path.parent.is_dir():
-        raise typer.BadParameter(f"the folder {path.parent} does not exist")
+        raise InputError(
+            f"cannot write {path}: the folder {path.parent} does not exist; create it, or write elsewhere"
+        )
     return path
 
 
-_TEXT_FILE: dict[str, Any] = {"exists": True, "dir_okay": False, "allow_dash": True}
 _OUTPUT: dict[str, Any] = {"dir_okay": False, "callback": _writable, "rich_help_panel": "Output"}
 _MODEL, _TEXT, _METHOD = "Model", "Text", "Method"
 
@@ -96,14 +97,13 @@ def attribute(
     prompt: Annotated[str | None, typer.Option(help="The prompt.", rich_help_panel=_TEXT)] = None,
     prompt_file: Annotated[
         Path | None,
-        typer.Option(help="File with the prompt, read as it is; - is stdin.", rich_help_panel=_TEXT, **_TEXT_FILE),
+        typer.Option(help="File with the prompt, read as it is; - is stdin.", rich_help_panel=_TEXT),
     ] = None,
     messages_file: Annotated[
         Path | None,
         typer.Option(
             help='JSON file with chat messages, [{"role": "user", "content": "…"}, …].',
             rich_help_panel=_TEXT,
-            **_TEXT_FILE,
         ),
     ] = None,
     generation: Annotated[
@@ -113,7 +113,7 @@ def attribute(
         ),
     ] = None,
     generation_file: Annotated[
-        Path | None, typer.Option(help="File with it, read as it is.", rich_help_panel=_TEXT, **_TEXT_FILE)
+        Path | None, typer.Option(help="File with it, read as it is.", rich_help_panel=_TEXT)
     ] = None,
     max_new_tokens: Annotated[
         int, typer.Option(min=1, help="Most tokens that the model writes, greedily.", rich_help_panel=_TEXT)
@@ -226,10 +226,11 @@ def _messages(text: str, path: Path) -> Prompt:
 def _read(path: Path | None) -> str | None:
     if path is None:
         return None
-    if str(path) == "-":
-        return typer.get_text_stream("stdin").read()
     try:
-        return path.read_text(encoding="utf-8")
+        data = typer.get_binary_stream("stdin").read() if str(path) == "-" else path.read_bytes()
+        return data.decode("utf-8")
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
 

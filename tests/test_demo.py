@@ -1,0 +1,59 @@
+"""The demo: runs through Inseq on the bundled model, tells what it found, and writes its report."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from flashtrace_plugin import demo, reasoner, tasks
+from flashtrace_plugin.metrics import recovery
+
+pytest.importorskip("inseq")
+
+
+@pytest.fixture(scope="module")
+def sample():
+    return tasks.make("variable_tracking", demo.SEED, hops=demo.HOPS, chains=3, length=demo.LENGTH)
+
+
+@pytest.fixture(scope="module")
+def attribution(sample):
+    return demo.explain(sample)
+
+
+def test_the_model_reasons_and_answers_right(sample, attribution):
+    assert attribution.text(attribution.target).strip() == sample.answer
+    assert attribution.text(attribution.reasoning).strip() == sample.reasoning
+    assert attribution.hops == demo.HOPS
+
+
+def test_what_it_says_about_mass_and_evidence(sample, attribution):
+    prompt = attribution.prompt.slice
+    direct = float(attribution.hop_scores[0, prompt].sum() / attribution.scores.sum())
+    assert f"{100 * (1 - direct):.1f} % of the prompt's score" in demo.moved(attribution)
+    share = recovery(attribution.scores, sample.evidence)
+    assert f"(10 %) hold {share:.0%} of it" in demo.found(sample, attribution)
+
+
+def test_main_prints_everything_and_writes_the_report(sample, tmp_path, capsys):
+    report = tmp_path / "demo.html"
+    demo.main(["--html", str(report)])
+    printed = re.sub(r"\s+", " ", capsys.readouterr().out)
+    for text in (
+        sample.prompt,
+        sample.reasoning,
+        f"{sample.answer} (right)",
+        "Top tokens",
+        "Where each hop",
+        report.as_uri(),
+    ):
+        assert text in printed
+    page = report.read_text(encoding="utf-8")
+    assert page.count(' gold"') + page.count('"gold"') >= len(sample.evidence) and "http" not in page.replace(
+        "http-equiv", ""
+    )
+
+
+def test_the_reasoner_is_in_the_package():
+    assert (reasoner.path() / "model.safetensors").is_file()
