@@ -2,7 +2,7 @@
 
     import inseq, flashtrace_inseq
 
-    model = inseq.load_model(name_or_model, "flashtrace")  # or "ifr", "recursive"
+    model = inseq.load_model(name_or_model, "flashtrace")  # or "ifr", "recursive", "heta"
     out = model.attribute(prompt, prompt + generation, hops=1)
     out.show()                                 # one column for the whole answer
     out.show(hop=1)                            # where the mass is after one hop through the reasoning
@@ -24,11 +24,9 @@ from flashtrace_inseq.registration import register, warn_if_taken
 
 warn_if_taken()
 
-from flashtrace_inseq.methods import (  # noqa: E402  (defining a method registers it, so the names are looked at first)
-    FlashTraceAttribution,
-    IFRAttribution,
-    RecursiveTokenAttribution,
-)
+# Defining a method registers it, so the names are looked at first.
+from flashtrace_inseq.heta import HETAAttribution  # noqa: E402
+from flashtrace_inseq.methods import FlashTraceAttribution, IFRAttribution, RecursiveTokenAttribution  # noqa: E402
 from flashtrace_inseq.outputs import FlashTraceSequenceOutput, attributions, portable  # noqa: E402
 
 register()
@@ -36,6 +34,7 @@ register()
 __all__ = [
     "FlashTraceAttribution",
     "FlashTraceSequenceOutput",
+    "HETAAttribution",
     "IFRAttribution",
     "RecursiveTokenAttribution",
     "attributions",

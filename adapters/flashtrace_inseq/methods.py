@@ -37,7 +37,7 @@ class PluginAttribution(FeatureAttribution, Registry):
         # These two make Inseq refuse step scores, and warn that an attributed function has no influence.
         self.is_final_step_method = True
         self.use_predicted_target = False
-        self.core(attribution_model.model, attribution_model.tokenizer)
+        self.build({}, progress=False)
 
     @classmethod
     def options(cls) -> set[str]:
@@ -82,7 +82,7 @@ class PluginAttribution(FeatureAttribution, Registry):
         options = self._check_options(attribution_args or {})
         info = kwargs | {"attributed_fn": function.__name__, "attribution_args": dict(options)}
         where = [spans_for(name, options.pop(name, None), len(texts)) for name in ("target", "reasoning")]
-        method = self.core(self.attribution_model.model, self.attribution_model.tokenizer, **options)
+        method = self.build(options, show_progress)
         rows = zip(prompts, texts, *where, strict=True)
         found = []
         for prompt, text, target, reasoning in tqdm(
@@ -92,7 +92,11 @@ class PluginAttribution(FeatureAttribution, Registry):
             found.append(self.explain(method, read, Where(target, reasoning, attr_pos_start, attr_pos_end)))
         return [self._output(found, info | {"exec_time": (datetime.now() - begin).total_seconds()})]
 
-    def explain(self, method: Method, read: Input, where: Where) -> FlashTraceSequenceOutput:
+    def build(self, options: dict[str, Any], progress: bool) -> Method:
+        """The method that does the work."""
+        return self.core(self.attribution_model.model, self.attribution_model.tokenizer, **options)
+
+    def explain(self, method: Any, read: Input, where: Where) -> FlashTraceSequenceOutput:
         """The result for one input."""
         return outputs.merged(read.tokens, read.attribute(method, *read.locate(where)))
 
@@ -170,7 +174,7 @@ class IFRAttribution(PluginAttribution):
     method_name = "ifr"
     core = IFR
 
-    def explain(self, method: Method, read: Input, where: Where) -> FlashTraceSequenceOutput:
+    def explain(self, method: Any, read: Input, where: Where) -> FlashTraceSequenceOutput:
         """The result for one input, a column for every token of the target."""
         return outputs.per_token(read.tokens, read.attribute(method, *read.locate(where)))
 

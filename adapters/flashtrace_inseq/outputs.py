@@ -159,7 +159,7 @@ def attributions(out: FeatureAttributionOutput) -> list[Attribution]:
     for item in out.sequence_attributions:
         if not getattr(item, "_attributions", None):
             raise InputError(
-                f"a {type(item).__name__} holds no attributions; use a result of 'flashtrace', 'ifr' or 'recursive' "
+                f"a {type(item).__name__} holds no attributions; use a result of one of this package's methods "
                 "that portable() has not stripped"
             )
         found.extend(item._attributions)

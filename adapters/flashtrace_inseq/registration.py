@@ -12,7 +12,7 @@ from inseq.attr import FeatureAttribution
 from inseq.data import Aggregator
 from inseq.utils.id_utils import INSEQ_ID_MAP
 
-METHOD_NAMES = ("flashtrace", "ifr", "recursive")
+METHOD_NAMES = ("flashtrace", "ifr", "recursive", "heta")
 AGGREGATOR_NAMES = ("hops", "parts")
 
 
