@@ -20,7 +20,7 @@ from flashtrace_captum import (
     TokenIdsInput,
     TokenScores,
 )
-from flashtrace_plugin import FlashTraceError, InputError, Span, SpanError
+from flashtrace_plugin import FlashTraceError, InputError, Span, SpanError, UnsupportedModelError
 from tests.tiny import BOS, EOS, PAD, tiny, tiny_tokenizer
 
 PROMPT = "The key of the red box is in the garden. Question: where is the key?"
@@ -435,6 +435,22 @@ class TestWrapper:
         with pytest.raises(CaptumInputError, match=r"FeatureAblation.*captum\.attr\.LLMAttribution") as caught:
             LLMTraceAttribution(FeatureAblation(model), tokenizer)
         assert isinstance(caught.value, AssertionError)
+
+    def test_it_needs_the_hugging_face_model(self, tokenizer):
+        class Uniform(TokenAttribution):
+            def token_scores(self, input_ids, *, prompt_length, target, reasoning=None):
+                return TokenScores(torch.ones(len(input_ids)))
+
+        with pytest.raises(UnsupportedModelError, match="Linear"):
+            LLMTraceAttribution(Uniform(torch.nn.Linear(2, 2)), tokenizer)
+
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+    def test_on_a_gpu(self, tokenizer, inp, result):
+        got = LLMTraceAttribution(FlashTrace(tiny("qwen3").cuda()), tokenizer).attribute(inp, RESPONSE, hops=2)
+        for tensor in (got.seq_attr, got.response_attr, got.hop_attr, got.output_probs, got.output_log_probs):
+            assert tensor.device.type == "cuda"
+        torch.testing.assert_close(got.seq_attr.cpu(), result.seq_attr, rtol=1e-3, atol=1e-4)
+        got.plot_seq_attr()
 
     def test_captums_global_tuples_are_as_they_were(self):
         for method in (FlashTrace, IFR, TokenAttribution):

@@ -65,7 +65,7 @@ class TestNumbers:
         found = want.attribute_ids(ids, prompt_length=PROMPT, target=Span(18, 21), reasoning=Span(9, 17))
         assert torch.equal(got[0, :PROMPT], found.scores)
 
-    @pytest.mark.parametrize("family", ["llama", "gpt2", "mistral"])
+    @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "gptj"])
     def test_other_families(self, family, ids):
         model = tiny(family)
         got = FlashTrace(model).attribute(ids, target=TARGET, reasoning=REASONING)
@@ -76,6 +76,16 @@ class TestNumbers:
         got = FlashTrace(tiny("llama", dtype=torch.bfloat16)).attribute(ids, target=TARGET)
         assert got.dtype == torch.float32
         assert not got.requires_grad
+
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+    def test_the_result_is_on_the_device_of_the_inputs(self, model, ids):
+        method = FlashTrace(tiny("qwen3").cuda())
+        for inputs in (ids, ids.cuda()):
+            got = method.attribute(inputs, TARGET, reasoning=REASONING)
+            assert got.device == inputs.device
+            torch.testing.assert_close(
+                got.cpu(), FlashTrace(model).attribute(ids, TARGET, reasoning=REASONING), rtol=1e-3, atol=1e-4
+            )
 
 
 class TestTargets:

@@ -18,7 +18,7 @@ from flashtrace_captum.features import Features, TextInput, encode_prompt, featu
 from flashtrace_captum.result import LLMTraceAttributionResult
 from flashtrace_plugin import Span, SpanError
 from flashtrace_plugin.metrics.likelihood import generation_logits, log_likelihood
-from flashtrace_plugin.models.guard import evaluating
+from flashtrace_plugin.models.guard import check_model, evaluating
 from flashtrace_plugin.text import from_ids, pieces
 
 Part = Union[None, str, slice, Span]
@@ -54,6 +54,7 @@ class LLMTraceAttribution(BaseLLMAttribution):
                 f"{type(self).__name__} takes a TokenAttribution such as FlashTrace(model), got "
                 f"{type(attr_method).__name__}; Captum's own methods go into captum.attr.LLMAttribution"
             )
+        check_model(attr_method.forward_func)
         super().__init__(attr_method, tokenizer)
         self.attr_method = attr_method
 
@@ -142,8 +143,6 @@ class LLMTraceAttribution(BaseLLMAttribution):
         return torch.tensor(self.tokenizer(response, add_special_tokens=False)["input_ids"], dtype=torch.long)
 
     def _generate(self, prompt_ids: Tensor, gen_args: dict[str, Any]) -> Tensor:
-        if not hasattr(self.model, "generate"):
-            raise CaptumInputError(f"{type(self.model).__name__} cannot generate; pass the response as target")
         given = prompt_ids[None].to(self.device)
         padding = {} if self.tokenizer.pad_token_id is None else {"pad_token_id": self.tokenizer.pad_token_id}
         with evaluating(self.model), torch.no_grad():
