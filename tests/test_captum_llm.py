@@ -141,6 +141,11 @@ class TestPartsOfTheResponse:
         with pytest.raises(SpanError, match=r"answer|target"):
             llm.attribute(inp, RESPONSE, answer=answer)
 
+    @pytest.mark.parametrize("answer", [5, (3, 5), [1]])
+    def test_other_kinds(self, llm, inp, answer):
+        with pytest.raises(CaptumInputError, match="answer must be"):
+            llm.attribute(inp, RESPONSE, answer=answer)
+
     def test_thinking_that_was_cut_off_names_the_remedy(self, llm, inp):
         with pytest.raises(SpanError, match=r"gen_args=\{'max_new_tokens'"):
             llm.attribute(inp, "<think>\nThe box is")
@@ -479,6 +484,16 @@ class TestWrapper:
         assert set(got.seq_attr.tolist()) == {8.0}
         assert got.attribution is got.hop_attr is got.token_attr is None
         assert len(got.output_probs) == len(got.output_tokens)
+
+    def test_a_method_that_scores_only_the_prompt_is_told(self, model, tokenizer, inp):
+        class Short(TokenAttribution):
+            def token_scores(self, input_ids, *, prompt_length, target, reasoning=None):
+                return TokenScores(torch.ones(prompt_length))
+
+        with pytest.raises(CaptumInputError, match=r"Short\.token_scores .* one for each position"):
+            LLMTraceAttribution(Short(model), tokenizer).attribute(inp, RESPONSE)
+        with pytest.raises(CaptumInputError, match=r"Short\.token_scores"):
+            Short(model).attribute(inp.to_model_input())
 
     def test_errors_have_one_base(self, llm, inp):
         with pytest.raises(FlashTraceError):

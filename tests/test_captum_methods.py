@@ -1,6 +1,8 @@
 """The methods as Captum sees them: contract, spans, batches, masks, bad input, and a model left as it was found."""
 
 import inspect
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -325,3 +327,10 @@ class TestTheModelIsLeftAsItWasFound:
 
 def _broken(*args, **kwargs):
     raise AssertionError("broken")
+
+
+def test_without_captum_the_error_names_the_extra():
+    code = "import sys; sys.modules['captum'] = None; import flashtrace_captum"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "pip install 'flashtrace-plugin[captum]'" in done.stderr

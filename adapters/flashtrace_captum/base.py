@@ -58,6 +58,16 @@ class TokenAttribution(CaptumAttribution, ABC):
         reasoning:     positions to follow importance through
         """
 
+    def checked_scores(self, input_ids: Tensor, **where: Any) -> TokenScores:
+        """What :meth:`token_scores` finds. Raises CaptumInputError unless there is one score for each token."""
+        found = self.token_scores(input_ids, **where)
+        if found.scores.shape != input_ids.shape:
+            raise CaptumInputError(
+                f"{type(self).__name__}.token_scores gave scores {list(found.scores.shape)} for ids "
+                f"{list(input_ids.shape)}; it must give one for each position, prompt and generation"
+            )
+        return found
+
     @log_usage(part_of_slo=True)
     def attribute(
         self,
@@ -100,7 +110,7 @@ class TokenAttribution(CaptumAttribution, ABC):
             raise CaptumInputError(f"token ids must be (batch, length), got {list(ids.shape)}")
 
         def score(row: int, example: Example) -> Tensor:
-            return self.token_scores(
+            return self.checked_scores(
                 ids[row, example.kept.slice],
                 prompt_length=example.prompt_length,
                 target=example.target,

@@ -79,7 +79,7 @@ class HETA(TokenAttribution):
         def score(row: int, example: Example) -> Tensor:
             given = values[row, example.kept.slice]
             with _embedded(self.forward_func, ids[row, example.kept.slice], given):
-                return self.token_scores(
+                return self.checked_scores(
                     ids[row, example.kept.slice],
                     prompt_length=example.prompt_length,
                     target=example.target,

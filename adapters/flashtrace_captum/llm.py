@@ -24,6 +24,9 @@ from flashtrace_plugin.text import from_ids, pieces
 Part = Union[None, str, slice, Span]
 """A part of the response: a piece of its text, a slice of its tokens, or a Span of the whole sequence."""
 
+ROWS = 256
+"""Response tokens whose logits are in float32 at a time; a vocabulary of 150,000 makes 150 MB of them."""
+
 
 class LLMTraceAttribution(BaseLLMAttribution):
     """Attributes the answer of a response to the prompt, through the reasoning before it, in one call.
@@ -94,7 +97,7 @@ class LLMTraceAttribution(BaseLLMAttribution):
         response = self._response(features.prompt_ids, target, gen_args)
         ids = torch.cat([features.prompt_ids, response])
         where, through = self._locate(ids, len(features.prompt_ids), answer, reasoning)
-        found = self.attr_method.token_scores(
+        found = self.attr_method.checked_scores(
             ids, prompt_length=len(features.prompt_ids), target=where, reasoning=through, **kwargs
         )
         return self._result(inp, features, ids, where, through, found)
@@ -196,8 +199,9 @@ class LLMTraceAttribution(BaseLLMAttribution):
         """log P of each response token, [R], in nats and float32."""
         with evaluating(self.model), torch.no_grad():
             logits = generation_logits(self.model, Span(start, len(ids)), input_ids=ids[None, :-1].to(self.device))[0]
-        wanted = ids[start:, None].to(logits.device)
-        return logits.float().log_softmax(-1).gather(-1, wanted)[:, 0].to(self.device)
+        parts = zip(logits.split(ROWS), ids[start:, None].to(logits.device).split(ROWS), strict=True)
+        found = [rows.float().log_softmax(-1).gather(-1, wanted)[:, 0] for rows, wanted in parts]
+        return torch.cat(found).to(self.device)
 
 
 def _ids(target: Tensor) -> Tensor:
@@ -217,9 +221,13 @@ def _last_visible(ids: Tensor, prompt_length: int, special: list[int]) -> int:
 
 
 def _part(name: str, where: Part, prompt_length: int, length: int) -> str | Span | None:
-    """A slice of response tokens as a span of the sequence; anything else as it is."""
-    if not isinstance(where, slice):
+    """A slice of response tokens as a span of the sequence; a text or a span as it is."""
+    if where is None or isinstance(where, (str, Span)):
         return where
+    if not isinstance(where, slice):
+        raise CaptumInputError(
+            f"{name} must be a piece of the response, a slice of its tokens or a Span, got {where!r}"
+        )
     start, stop, step = where.indices(length - prompt_length)
     if step != 1 or stop <= start or (where.stop is not None and where.stop > length - prompt_length):
         raise SpanError(
