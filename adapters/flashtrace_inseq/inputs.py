@@ -85,7 +85,7 @@ class Input:
         )
 
 
-def encode(host: Any, prompt: str, text: str, special: bool = True, clean: bool = False) -> Input:
+def encode(host: Any, prompt: str, text: str, *, special: bool = True, clean: bool = False) -> Input:
     """Token ids of a prompt and of the text that begins with it.
 
     host:    Inseq's model
@@ -133,8 +133,14 @@ def plain(value: Any) -> Any:
     return value
 
 
-def spans_for(name: str, value: Any, n: int) -> list[Span | str | None]:
-    """What was given for n inputs, one of each: a span or piece of text for all of them, or a list with n entries."""
+def split_options(options: dict[str, Any], n: int, start: int | None, stop: int | None) -> list[Where]:
+    """Takes target and reasoning out of the options: what to explain in each of n inputs."""
+    target, reasoning = (_each(name, options.pop(name, None), n) for name in ("target", "reasoning"))
+    return [Where(t, r, start, stop) for t, r in zip(target, reasoning, strict=True)]
+
+
+def _each(name: str, value: Any, n: int) -> list[Span | str | None]:
+    """One for each of n inputs: the same span or piece of text for all of them, or a list with n entries."""
     if not isinstance(value, list) or _is_pair(value):
         return [_span(name, value)] * n
     if len(value) != n:

@@ -17,7 +17,7 @@ from inseq.utils import Registry
 from tqdm.auto import tqdm
 
 from flashtrace_inseq import aggregators, outputs  # noqa: F401  (defining an aggregator registers it)
-from flashtrace_inseq.inputs import Input, Where, encode, plain, spans_for
+from flashtrace_inseq.inputs import Input, Where, encode, plain, split_options
 from flashtrace_inseq.outputs import FlashTraceSequenceOutput
 from flashtrace_plugin.errors import InputError
 from flashtrace_plugin.methods import IFR, FlashTrace, Method, RecursiveAttribution
@@ -81,15 +81,12 @@ class PluginAttribution(FeatureAttribution, Registry):
         prompts, texts = ([t] if isinstance(t, str) else t for t in (sources, targets))
         options = self._check_options(attribution_args or {})
         info = kwargs | {"attributed_fn": function.__name__, "attribution_args": dict(options)}
-        where = [spans_for(name, options.pop(name, None), len(texts)) for name in ("target", "reasoning")]
+        wanted = split_options(options, len(texts), attr_pos_start, attr_pos_end)
         method = self.build(options, show_progress)
-        rows = zip(prompts, texts, *where, strict=True)
-        found = []
-        for prompt, text, target, reasoning in tqdm(
-            rows, self.method_name, len(texts), disable=not show_progress or len(texts) == 1
-        ):
-            read = encode(self.attribution_model, prompt, text, not skip_special_tokens, clean_special_chars)
-            found.append(self.explain(method, read, Where(target, reasoning, attr_pos_start, attr_pos_end)))
+        rows = zip(prompts, texts, wanted, strict=True)
+        bar = tqdm(rows, self.method_name, len(texts), disable=not show_progress or len(texts) == 1)
+        how = {"special": not skip_special_tokens, "clean": clean_special_chars}
+        found = [self.explain(method, encode(self.attribution_model, p, t, **how), where) for p, t, where in bar]
         return [self._output(found, info | {"exec_time": (datetime.now() - begin).total_seconds()})]
 
     def build(self, options: dict[str, Any], progress: bool) -> Method:
