@@ -32,7 +32,7 @@ from flashtrace_plugin.heta_options import (
     checked_weight,
 )
 from flashtrace_plugin.heta_terms import Cost, Curvature, Gate, Terms, WeightedTarget, gate, mask_vector
-from flashtrace_plugin.methods import LayerMethod, Task, checked_hops, one_of
+from flashtrace_plugin.method import LayerMethod, Task, checked_hops, one_of
 from flashtrace_plugin.models.guard import evaluating
 from flashtrace_plugin.models.memory import peak_memory
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from flashtrace_plugin.errors import InputError
-from flashtrace_plugin.methods import one_of
+from flashtrace_plugin.method import one_of
 
 GATES = ("flow", "per_head", "uniform")
 CURVATURES = ("full", "low_rank", "gradient_squared")

@@ -19,6 +19,7 @@ from flashtrace_plugin.core.curvature import (
     low_rank_curvature,
     rademacher,
 )
+from flashtrace_plugin.core.derivatives import SECOND_DERIVATIVE_TOLERANCE, second_derivative_gap
 from flashtrace_plugin.core.gate import flow_mass, normalised, per_head_mass
 from flashtrace_plugin.core.information import information
 from flashtrace_plugin.core.layer import Layer
@@ -160,7 +161,9 @@ class Terms:
         with self._batches("curvature", size, products) as batches, _differentiable(self.model):
             if how.kind == "gradient_squared":
                 S = gradient_squared(self._g, X)[: self.n]
-            elif how.kind == "low_rank":
+                return self._finite(S, "curvature")
+            self._check_second_derivative(X)
+            if how.kind == "low_rank":
                 S = window_mean(self.n, spans, within)
             else:
                 probes = rademacher(how.probes, self.n, X.shape[1], generator=generator)
@@ -182,6 +185,15 @@ class Terms:
                 batches=batches,
             )
         return self._finite(values, "information")
+
+    def _check_second_derivative(self, X: Tensor) -> None:
+        gap = second_derivative_gap(self._g, X)
+        if gap > SECOND_DERIVATIVE_TOLERANCE:
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} cannot be differentiated twice: products with the Hessian miss the "
+                f"change of the gradient by {gap:.0%} (bound {SECOND_DERIVATIVE_TOLERANCE:.0%}), so one of its own "
+                "autograd functions has no second derivative. Use curvature=None, or replace that kernel"
+            )
 
     def _g(self, tail: Tensor, start: int) -> Tensor:
         run = self.tails.log_probs if self.tails.hidden is None else self.tails.log_probs_from_hidden

@@ -133,13 +133,9 @@ def _after(prefix: Tensor, states: Tensor) -> Tensor:
     return torch.cat([prefix.expand(len(states), -1, -1, -1), states], -2)
 
 
-def n_layers(model: PreTrainedModel) -> int:
-    """Number of blocks of a model whose family is in the table."""
-    return len(model.get_submodule(layout_for(model.config.get_text_config().model_type).blocks))
-
-
 def _block(model: PreTrainedModel, last_layers: int) -> nn.Module:
-    blocks = list(model.get_submodule(layout_for(model.config.get_text_config().model_type).blocks).children())
+    """The first of the last so many blocks."""
+    blocks = list(model.get_submodule(layout_for(model.config).blocks).children())
     if not 1 <= last_layers <= len(blocks):
         raise InputError(f"last_layers must be between 1 and the model's {len(blocks)} layers, got {last_layers}")
     return blocks[len(blocks) - last_layers]
