@@ -11,7 +11,7 @@ from transformer_lens.model_bridge.sources import build_bridge_from_module
 
 import flashtrace_lens.capture as capture_module
 from flashtrace_lens import bridge_for, flashtrace, names_filter
-from flashtrace_plugin import IFR, FlashTrace, RecursiveAttribution, Span, reasoner, tasks
+from flashtrace_plugin import HETA, IFR, FlashTrace, RecursiveAttribution, Span, reasoner, tasks
 from tests.tiny import random_ids, tiny, tiny_tokenizer
 
 LENGTH = 40
@@ -50,6 +50,13 @@ def test_methods_take_a_bridge(model, bridge, method):
     ours, theirs = (method(m).attribute_ids(IDS, **spans) for m in (bridge, model))
     torch.testing.assert_close(ours.hop_scores, theirs.hop_scores, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(ours.head_scores, theirs.head_scores, rtol=1e-5, atol=1e-6)
+
+
+def test_heta_takes_a_bridge(model, bridge):
+    spans = {"prompt_length": 14, "target": Span(36, 38)}
+    ours, theirs = (HETA(m, probes=2, progress=False).attribute_ids(IDS, **spans) for m in (bridge, model))
+    torch.testing.assert_close(ours.scores, theirs.scores, rtol=1e-4, atol=1e-6)
+    assert not any(parameter.grad is not None for parameter in bridge.original_model.parameters())
 
 
 def test_text_has_the_positions_of_the_hugging_face_model(model, bridge):

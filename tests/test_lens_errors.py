@@ -125,9 +125,12 @@ def test_activations_that_are_not_finite():
         flashtrace(bridge, IDS, target=-1)
 
 
-def test_an_old_transformer_lens(monkeypatch):
-    monkeypatch.setattr("flashtrace_lens.host.version", lambda name: "2.16.1")
-    with pytest.raises(ImportError, match=r"found 2\.16\.1: pip install \"flashtrace-plugin\[transformer-lens\]\""):
+@pytest.mark.parametrize("old", ["2.16.1", "3.5.1", "4.0.0b1"])
+def test_an_old_transformer_lens(monkeypatch, old):
+    monkeypatch.setattr("flashtrace_lens.host.version", lambda name: old)
+    with pytest.raises(
+        ImportError, match=rf"4\.3 or newer, found {old}: pip install \"flashtrace-plugin\[transformer-lens\]\""
+    ):
         require_host()
 
 

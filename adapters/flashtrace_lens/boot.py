@@ -128,9 +128,12 @@ def _hooked(bridge: Any) -> bool:
 def plain_model(bridge: Any) -> PreTrainedModel | None:
     """The Hugging Face model that a bridge wraps, rebuilt without the bridge; it shares the bridge's weights.
 
-    result: None where a weight is not found under its own name and shape, as with quantised or LoRA layers
+    result: None where a weight is not found under its own name and shape, as with quantised or LoRA layers, and for a
+            model spread over several devices
     """
     wrapped = bridge.original_model
+    if len({parameter.device for parameter in wrapped.parameters()}) != 1:
+        return None
     config = copy.deepcopy(wrapped.config)
     config._attn_implementation = None
     with torch.device("meta"):

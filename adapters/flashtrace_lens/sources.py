@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from flashtrace_lens.blocks import Block, blocks_of
-from flashtrace_lens.boot import is_verified, verify
+from flashtrace_lens.boot import is_verified, plain_model, verify
 from flashtrace_lens.capture import capture
 from flashtrace_plugin.core.layer import Layer
 from flashtrace_plugin.core.pattern import StoredPattern
@@ -24,6 +26,14 @@ class BridgeSource:
     def __init__(self, bridge: Any) -> None:
         self.bridge = checked_bridge(bridge)
         self.tokenizer = bridge.tokenizer
+
+    @cached_property
+    def model(self) -> PreTrainedModel | None:
+        """The plain Hugging Face model with the bridge's weights, for methods that differentiate (HETA).
+
+        Hooks on the bridge do not reach it. None where the weights are not plain tensors (quantised, LoRA).
+        """
+        return plain_model(self.bridge)
 
     def check_ids(self, input_ids: Tensor) -> Tensor:
         return check_ids(self.bridge.original_model, input_ids)
