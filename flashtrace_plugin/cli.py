@@ -160,7 +160,8 @@ def attribute(
     Prints the strongest tokens of the prompt and where each hop's mass lies.
     """
     from flashtrace_plugin.loading import DTYPES, load, write
-    from flashtrace_plugin.methods import METHODS, one_of
+    from flashtrace_plugin.method import one_of
+    from flashtrace_plugin.methods import METHODS
     from flashtrace_plugin.text import tokenize
 
     asked = _prompt(prompt, prompt_file, messages_file)
