@@ -274,6 +274,20 @@ def test_everything_that_shows_shows(model, name, capsys):
     assert {"source", "target", "target_attributions"} <= found[0].to_dict().keys()
 
 
+def test_notebooks_show_the_table_and_draw_the_object(out, monkeypatch):
+    import IPython.display
+    import treescope
+
+    displayed = []
+    monkeypatch.setattr(flashtrace_inseq.outputs, "isnotebook", lambda: True)
+    monkeypatch.setattr(IPython.display, "display", displayed.append)
+    assert out.show(hop=1) is None
+    returned = out[0].show(return_html=True, hop=1)
+    assert len(displayed) == 2 and displayed[1].data == returned and "garden" in displayed[0].data
+    assert out.show(display=False) is None and len(displayed) == 2
+    assert "FlashTraceSequenceOutput" in treescope.render_to_text(out[0])
+
+
 def test_tokens_are_decoded_in_place_also_the_merged_one(tokenizer, model):
     found = model.attribute(PROMPT, TEXT).decode_tokens(tokenizer)
     assert found[0].target[-1].token == "It is in the garden."

@@ -17,8 +17,10 @@ import numpy as np
 import torch
 from inseq.data import CoarseFeatureAttributionSequenceOutput, FeatureAttributionOutput
 from inseq.data.attribution import FeatureAttributionSequenceOutput
+from inseq.utils import isnotebook
 from inseq.utils.typing import TokenWithId
 from torch import Tensor
+from treescope.repr_lib import render_object_constructor
 
 from flashtrace_plugin.attribution import Attribution
 from flashtrace_plugin.errors import InputError
@@ -67,6 +69,24 @@ class FlashTraceSequenceOutput(FeatureAttributionSequenceOutput):
     def __json_decode__(self, **fields: Any) -> None:
         fields["_attributions"] = [Attribution.from_dict(record) for record in fields["_attributions"]]
         super().__json_decode__(**fields)
+
+    def show(self, *args: Any, display: bool = True, return_html: bool = False, **kwargs: Any) -> str | None:
+        """As in Inseq. Notebooks are served from here, as IPython 9 has removed what Inseq displays with."""
+        if not (display and isnotebook()) or kwargs.get("return_figure"):
+            return super().show(*args, display=display, return_html=return_html, **kwargs)
+        from IPython.display import HTML
+        from IPython.display import display as display_now
+
+        html = super().show(*args, display=False, return_html=True, **kwargs)
+        display_now(HTML(html))
+        return html if return_html else None
+
+    def __treescope_repr__(self, path: str, subtree_renderer: Any) -> Any:
+        # As arrays, because treescope 0.1.10 cannot draw the tensors of torch 2.13.
+        shown = {k: v.numpy() if isinstance(v, Tensor) else v for k, v in self.to_dict().items()}
+        return render_object_constructor(
+            object_type=type(self), attributes=shown, path=path, subtree_renderer=subtree_renderer
+        )
 
     def decode_tokens(self, tokenizer: Any) -> FlashTraceSequenceOutput:
         """Readable labels in place, the merged token included."""
