@@ -284,10 +284,13 @@ def _deliver(found: Attribution, top: int, json_path: Path | None, html_path: Pa
 
     from flashtrace_plugin import terminal
 
-    terminal.show(found, top=top, console=Console())
+    # Files first: whoever reads the output may stop reading, as `head` does.
     if json_path is not None:
         found.save(json_path)
-        typer.echo(f"saved {json_path}")
     if html_path is not None:
         found.to_html(html_path)
-        typer.echo(f"report {html_path.absolute().as_uri()}")
+    terminal.show(found, top=top, console=Console())
+    if json_path is not None:
+        typer.echo(f"\nSaved: {json_path}")
+    if html_path is not None:
+        typer.echo(f"\nReport: {html_path.absolute().as_uri()}")

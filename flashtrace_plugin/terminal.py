@@ -43,7 +43,7 @@ def _headline(attribution: Attribution) -> Text:
     reasoning = "no reasoning" if attribution.reasoning is None else f"reasoning {attribution.reasoning}"
     target = shorten(attribution.text(attribution.target).strip(), 60)
     facts = f"prompt {attribution.prompt}, {reasoning}, target {attribution.target}"
-    return Text.assemble((attribution.method, "bold"), ": what led to ", (repr(target), "bold"), f" ({facts})")
+    return Text.assemble((attribution.method, "bold"), ": what led to ", (repr(target), "bold"), f"\n{facts}")
 
 
 def top_table(attribution: Attribution, count: int, evidence: Set[int] = frozenset(), width: int = 80) -> Table:

@@ -152,7 +152,7 @@ def test_show_reads_what_attribute_saved(folder, tmp_path):
     first = call("attribute", "--model", folder, *TEXTS, "--json", saved)
     again = call("show", saved, "--html", report)
     assert again.exit_code == 0 and report.exists()
-    assert first.stdout.partition("saved")[0] == again.stdout.partition("report")[0]
+    assert first.stdout.partition("Saved")[0] == again.stdout.partition("Report")[0]
 
 
 def test_families_and_version():

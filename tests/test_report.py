@@ -253,6 +253,16 @@ def test_head_maps_name_the_strongest_heads():
     assert len([c for c in table.all("td") if any(x.startswith("H") for x in c.classes)]) == 15
 
 
+def test_a_method_without_bypass_shares_shows_none():
+    attribution = made(hops=0)
+    assert "residual" in next(read(attribution).all("table", "map")).text
+    attribution.residual_shares.zero_()
+    attribution.mlp_shares.zero_()
+    page = read(attribution)
+    assert "residual" not in next(page.all("table", "map")).text
+    assert "the heads of all layers add up to 100 %" in page.text
+
+
 def test_top_rows_show_a_token_between_its_neighbours():
     attribution = made(("a", "b", " c", "d", "\n", "e"))
     row = next(r for r in top_rows(attribution) if r.position == 2)

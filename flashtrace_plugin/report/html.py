@@ -11,6 +11,7 @@ import base64
 import hashlib
 from collections.abc import Iterable
 from functools import cache
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
@@ -46,6 +47,7 @@ def _context(attribution: Attribution, evidence: frozenset[int]) -> dict[str, An
         "a": attribution,
         "version": __version__,
         "title": f"Which prompt tokens led to “{shorten(attribution.text(attribution.target).strip(), 60)}”",
+        "model": _short_name(str(attribution.settings.get("model", ""))),
         "views": views,
         "text": [(s.part, s.span, tokens[s.span.slice]) for s in segments(attribution)],
         "top": top_rows(attribution, evidence),
@@ -81,6 +83,12 @@ def _data(attribution: Attribution, views: list[View], maps: list[LayerMap]) -> 
         "views": [[v.label, v.whole, list(map(_short, v.values))] for v in views],
         "heads": {hop: list(map(_short, values)) for hop, values in heads.items()},
     }
+
+
+def _short_name(model: str) -> str:
+    """A name as it is, and the end of a path."""
+    path = PurePath(model)
+    return "/".join(path.parts[-2:]) if path.is_absolute() else model
 
 
 def _short(value: float) -> float:

@@ -22,13 +22,16 @@ class LayerRow:
 class LayerMap:
     """All layers of a hop, in the order of the model.
 
+    maximum:   largest share of a head
     strongest: the five strongest heads, by TransformerLens' names, with their shares
+    bypass:    whether the method defines shares of residual stream and MLP; HETA does not
     """
 
     hop: int
     rows: list[LayerRow]
     maximum: float
     strongest: list[tuple[str, float]]
+    bypass: bool
 
 
 def layer_maps(attribution: Attribution) -> list[LayerMap]:
@@ -49,4 +52,5 @@ def _map(attribution: Attribution, k: int) -> LayerMap:
     ]
     best = heads.flatten().argsort(descending=True)[:5].tolist()
     names = [f"L{i // heads.shape[1]}H{i % heads.shape[1]}" for i in best]
-    return LayerMap(k, rows, maximum, list(zip(names, heads.flatten()[best].tolist(), strict=True)))
+    strongest = list(zip(names, heads.flatten()[best].tolist(), strict=True))
+    return LayerMap(k, rows, maximum, strongest, bypass=bool(attribution.residual_shares.any()))

@@ -70,7 +70,7 @@ def _key(index: int) -> str:
 
 
 def _total(attribution: Attribution) -> _Part:
-    note = "the prompt's scores, all hops together; the generated text has none"
+    note = "the prompt's scores" + (", all hops together" if attribution.hops > 0 else "")
     return "Scores", "Total", note, attribution.scores
 
 
