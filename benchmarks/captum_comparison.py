@@ -80,6 +80,7 @@ def contestants(model: Any, tokenizer: Any, samples: int, steps: int) -> dict[st
     """Every method by the name of its rows."""
     embeddings = model.get_input_embeddings()
     sequence = {"forward_in_tokens": False}
+    predicting = FlashTrace(model, positions="predicting")
     ablation = LLMAttribution(FeatureAblation(model), tokenizer)
     shapley = LLMAttribution(ShapleyValueSampling(model), tokenizer)
     gradients = LLMGradientAttribution(LayerIntegratedGradients(model, embeddings), tokenizer)
@@ -90,7 +91,8 @@ def contestants(model: Any, tokenizer: Any, samples: int, steps: int) -> dict[st
         "IFR": ours(IFR(model), tokenizer),
         "HETA": ours(HETA(model, progress=False), tokenizer),
         "FlashTrace": ours(FlashTrace(model), tokenizer, hops=1),
-        "FlashTrace, predicting positions, 4 hops": ours(FlashTrace(model, positions="predicting"), tokenizer, hops=4),
+        "FlashTrace, predicting positions, 4 hops": ours(predicting, tokenizer, hops=4),
+        "FlashTrace, predicting positions": ours(predicting, tokenizer, whole=True),
     }
 
 
@@ -113,13 +115,14 @@ def theirs(wrapper: Any, tokenizer: Any, options: dict[str, Any]) -> Contestant:
     return explain
 
 
-def ours(method: Any, tokenizer: Any, **options: Any) -> Contestant:
+def ours(method: Any, tokenizer: Any, *, whole: bool = False, **options: Any) -> Contestant:
+    """The answer, through the reasoning; or the whole response as one target, which leaves nothing to follow."""
+
     def explain(case: Case) -> Explained:
         inp, response = parts(case, tokenizer)
-        found = LLMTraceAttribution(method, tokenizer).attribute(
-            inp, response, answer=case.target, reasoning=case.reasoning, **options
-        )
-        return {"answer": found.seq_attr}
+        where = {"answer": case.generation} if whole else {"answer": case.target, "reasoning": case.reasoning}
+        found = LLMTraceAttribution(method, tokenizer).attribute(inp, response, **where, **options)
+        return {"whole response" if whole else "answer": found.seq_attr}
 
     return explain
 
@@ -212,7 +215,8 @@ evidence, higher is better; RISE and MAS by deletion, watching the whole respons
 Captum's methods run with `forward_in_tokens=False` (FeatureAblation, ShapleyValueSampling), their fastest setting,
 and the pad token as baseline. They score every response token, so each appears twice: *answer* sums the rows of the
 answer, with the reasoning before it held fixed; *whole response* sums all rows, which is what RISE and MAS measure.
-The other methods explain the answer, FlashTrace through the reasoning. A perturbation method answers what happens if
+The other methods explain the answer, FlashTrace through the reasoning, and in its last row the whole response as one
+target. A perturbation method answers what happens if
 a token is removed, FlashTrace where the answer's information came from: compare the costs together with the quality.
 Samples where the reasoner was wrong anywhere are left out. One small model; what holds here need not hold elsewhere.
 """
