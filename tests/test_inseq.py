@@ -123,11 +123,20 @@ def test_flashtrace_is_the_core_method(hf, tokenizer, out):
     scores = out[0].target_attributions
     n, start = len(expected.scores), expected.target.start
     torch.testing.assert_close(scores[:n, 0, 0], expected.scores)
-    torch.testing.assert_close(scores[:start, 0, 0], expected.totals[:start])
+    followed = torch.zeros(start, dtype=torch.bool)
+    followed[expected.reasoning.slice] = True
+    torch.testing.assert_close(scores[:start, 0, 0], expected.totals[:start] * ~followed)
     assert (scores[n:start, 0, 0] > 0).any()
     torch.testing.assert_close(scores[:start, 0, 1:].T, expected.hop_scores[:, :start])
     assert scores[start].isnan().all()
     assert flashtrace_inseq.attributions(out) == [expected]
+
+
+def test_reasoning_that_is_not_followed_keeps_its_mass(hf, tokenizer, model):
+    found = model.attribute(PROMPT, TEXT, hops=0)
+    total, direct = found[0].target_attributions[:-1, 0].T
+    torch.testing.assert_close(total, direct)
+    torch.testing.assert_close(direct, core(hf, tokenizer, hops=0).hop_scores[0, : len(direct)])
 
 
 def test_recursive_is_the_core_method(hf, tokenizer, model):
@@ -234,7 +243,7 @@ def test_merging_tokens_sums_mass(out):
     words = out.aggregate(["subwords", "hops"], special_chars=("Ġ", "Ċ"))
     assert len(words[0].target) < len(out[0].target)
     total = out[0].target_attributions[:-1, 0, 0].sum()
-    torch.testing.assert_close(words[0].target_attributions[:-1].nansum(), total)
+    torch.testing.assert_close(words[0].target_attributions.nansum(), total)
     halves = out.aggregate(["spans", "hops"], target_spans=[(0, 9), (9, 19)], hop=1)
     hop = out[0].target_attributions[:, 0, 2]
     torch.testing.assert_close(halves[0].target_attributions[:2, 0], torch.stack([hop[:9].sum(), hop[9:19].sum()]))
@@ -285,6 +294,7 @@ def test_notebooks_show_the_table_and_draw_the_object(out, monkeypatch):
     returned = out[0].show(return_html=True, hop=1)
     assert len(displayed) == 2 and displayed[1].data == returned and "garden" in displayed[0].data
     assert out.show(display=False) is None and len(displayed) == 2
+    assert "background:rgba(178.0, 24.0" in returned and "np.float64" not in returned
     assert "FlashTraceSequenceOutput" in treescope.render_to_text(out[0])
 
 

@@ -128,9 +128,9 @@ class PluginAttribution(FeatureAttribution, Registry):
 class FlashTraceAttribution(PluginAttribution):
     """FlashTrace: explains a whole answer by the prompt, through the reasoning in between, in one forward pass.
 
-    The answer is one column, its tokens merged. ``out.show()`` gives the total over hops, ``out.show(hop=k)`` hop k,
-    ``flashtrace_inseq.attributions(out)`` all numbers. In the total, mass on the reasoning counts again on the tokens
-    that it came from.
+    The answer is one column, its tokens merged. ``out.show()`` gives the total over hops, in which reasoning that was
+    followed has 0, because its mass counts on the tokens that it came from. ``out.show(hop=k)`` gives hop k, on all
+    tokens, ``flashtrace_inseq.attributions(out)`` all numbers.
 
     Reference: `Towards Long-Horizon Interpretability: Efficient and Faithful Multi-Token Attribution for
     Reasoning LLMs <https://arxiv.org/abs/2602.01914>`__.

@@ -2,13 +2,15 @@
 
 A span is one thing to explain and gets one column: its tokens are merged into one, with id -1, as Inseq's own
 ``aggregate("spans")`` does. Rows are the tokens before the span; its own row is NaN, as always in Inseq for what a
-token is not attributed to. The third dimension, if there is one, holds the parts of the score, "total" first.
+token is not attributed to. The third dimension, if there is one, holds the parts of the score, "total" first: in it,
+reasoning that was followed has 0, because its mass counts on the tokens that it came from.
 
 Saved files name this module and the class below, so both names are part of the file format.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +28,7 @@ from flashtrace_plugin.attribution import Attribution
 from flashtrace_plugin.errors import InputError
 
 TOTAL = "total"
+_NUMPY_NUMBER = re.compile(r"np\.float64\(([^)]*)\)")
 _DIMENSIONS = ("Input Tokens", "Generated Tokens", "Part")
 
 
@@ -70,16 +73,21 @@ class FlashTraceSequenceOutput(FeatureAttributionSequenceOutput):
         fields["_attributions"] = [Attribution.from_dict(record) for record in fields["_attributions"]]
         super().__json_decode__(**fields)
 
-    def show(self, *args: Any, display: bool = True, return_html: bool = False, **kwargs: Any) -> str | None:
-        """As in Inseq. Notebooks are served from here, as IPython 9 has removed what Inseq displays with."""
-        if not (display and isnotebook()) or kwargs.get("return_figure"):
-            return super().show(*args, display=display, return_html=return_html, **kwargs)
-        from IPython.display import HTML
-        from IPython.display import display as display_now
+    def show(self, *args: Any, display: bool = True, return_html: bool = False, **kwargs: Any) -> Any:
+        """As in Inseq, with what its table needs today: colours that are CSS, and a display that notebooks have.
 
-        html = super().show(*args, display=False, return_html=True, **kwargs)
-        display_now(HTML(html))
-        return html if return_html else None
+        Inseq writes the numbers of a colour as numpy 2 prints them, and calls a function that IPython 9 has removed.
+        """
+        if kwargs.get("return_figure"):
+            return super().show(*args, display=display, return_html=return_html, **kwargs)
+        here = display and isnotebook()
+        page = super().show(*args, display=display and not here, return_html=True, **kwargs)
+        page = _NUMPY_NUMBER.sub(r"\1", page)
+        if here:
+            from IPython import display as notebook
+
+            notebook.display(notebook.HTML(page))
+        return page if return_html else None
 
     def __treescope_repr__(self, path: str, subtree_renderer: Any) -> Any:
         # As arrays, because treescope 0.1.10 cannot draw the tensors of torch 2.13.
@@ -137,9 +145,17 @@ def per_token(tokens: Sequence[TokenWithId], attribution: Attribution) -> FlashT
 
 def _column(a: Attribution, rows: int) -> tuple[Tensor, list[str]]:
     """Scores [rows, parts] by part, NaN from the target on, and the names of the parts."""
-    parts = {TOTAL: a.totals} | {f"hop {k}": hop for k, hop in enumerate(a.hop_scores)} | dict(a.components)
+    parts = {TOTAL: _total(a)} | {f"hop {k}": hop for k, hop in enumerate(a.hop_scores)} | dict(a.components)
     before = torch.stack([scores[: a.target.start] for scores in parts.values()], dim=1)
     return torch.cat([before, torch.full((rows - len(before), len(parts)), torch.nan)]), list(parts)
+
+
+def _total(a: Attribution) -> Tensor:
+    """Totals [N] without the reasoning that was followed: its mass counts on the tokens that it came from."""
+    total = a.totals
+    if a.hops and a.reasoning is not None:
+        total[a.reasoning.slice] = 0.0
+    return total
 
 
 def _joined(tokens: Sequence[TokenWithId]) -> TokenWithId:
