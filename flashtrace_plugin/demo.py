@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from torch import Tensor
 
 from flashtrace_plugin import reasoner, tasks
 from flashtrace_plugin.attribution import Attribution
@@ -62,33 +63,72 @@ def tell(sample: Sample, attribution: Attribution, console: Console) -> None:
     for name, text in (("Prompt", sample.prompt), ("Reasoning", reasoning), ("Answer", f"{answer} ({verdict})")):
         console.print(name, style="bold")
         console.print(textwrap.indent(textwrap.fill(text.strip(), 76), "  "), "\n", sep="")
-    terminal.show(attribution, top=len(sample.evidence), evidence=set(sample.evidence), console=console)
+    terminal.show(attribution, top=strongest(attribution), evidence=marks(sample), console=console)
     console.print()
-    console.print(moved(attribution))
+    console.print(moved(attribution), "\n", sep="")
     console.print(found(sample, attribution))
+
+
+def strongest(attribution: Attribution) -> int:
+    """A tenth of the prompt, rounded up: the tokens that the recovery rate looks at."""
+    return -(-len(attribution.prompt) // 10)
+
+
+def statements(sample: Sample) -> tuple[list[list[int]], list[list[int]]]:
+    """Positions of each statement of the chain, in its order, and of each other statement; closing marks included.
+
+    A decoder knows a statement only when it is complete, so what it draws on is often the mark that closes it.
+    """
+    others: list[list[int]] = []
+    for i in sample.distractors:
+        if others and others[-1][-1] == i - 1:
+            others[-1].append(i)
+        else:
+            others.append([i])
+    chain = [list(step) for step in sample.steps]
+    return [[*s, s[-1] + 1] for s in chain], [[*s, s[-1] + 1] for s in others]
+
+
+def marks(sample: Sample) -> dict[int, str]:
+    """Position -> the step of the chain that its statement is."""
+    return {i: f"step {n}" for n, statement in enumerate(statements(sample)[0], 1) for i in statement}
 
 
 def moved(attribution: Attribution) -> str:
     """How much mass moved from the reasoning to the prompt."""
     rows = [row for row in hop_rows(attribution) if row.shares]
-    rest = 1.0 - rows[0].score
     return (
         f"Directly, the answer draws {percent(rows[0].shares['prompt'])} of its mass from the prompt and "
-        f"{percent(rows[0].shares['reasoning'])} from the reasoning. Following the reasoning through "
-        f"{len(rows) - 1} hops moves that to the prompt: {percent(rest)} of the prompt's score came this way."
+        f"{percent(rows[0].shares['reasoning'])} from the reasoning. {len(rows) - 1} hops through the reasoning move "
+        f"that on to the prompt: they bring {percent(1.0 - rows[0].score)} of the prompt's score."
     )
 
 
 def found(sample: Sample, attribution: Attribution) -> str:
-    """How much of the evidence the strongest tokens hold, against the direct hop alone and against chance."""
+    """Whether the strongest tokens are the evidence, with the hops and without them."""
     from flashtrace_plugin.metrics import recovery
 
-    gold, prompt = sample.evidence, attribution.prompt
-    count = -(-len(prompt) // 10)
-    through, direct = recovery(attribution.scores, gold), recovery(attribution.hop_scores[0, prompt.slice], gold)
+    chain, others = statements(sample)
+    prompt, count = attribution.prompt, strongest(attribution)
+    direct = attribution.hop_scores[0, prompt.slice]
+
+    def touched(scores: Tensor, among: list[list[int]]) -> str:
+        top = set(scores.argsort(descending=True, stable=True)[:count].tolist())
+        return f"{sum(not top.isdisjoint(s) for s in among)} of {len(among)}"
+
+    def share(scores: Tensor) -> str:
+        mass = [float(scores[[i for s in part for i in s]].sum()) for part in (chain, others)]
+        return percent(mass[0] / sum(mass))
+
     return (
-        f"The evidence, {'; '.join(sample.evidence_text)}, is {len(gold)} of {len(prompt)} prompt tokens. The {count} "
-        f"strongest tokens (10 %) hold {through:.0%} of it; without the reasoning {direct:.0%}, and by chance 10 %."
+        f"The answer follows from {len(chain)} statements: {'; '.join(sample.evidence_text)}. The {count} strongest "
+        f"tokens of the prompt (10 %) touch {touched(attribution.scores, chain)} of them and "
+        f"{touched(attribution.scores, others)} others; without the hops it is {touched(direct, chain)} and "
+        f"{touched(direct, others)}. Of the score on statements, {share(attribution.scores)} lies on these, without "
+        f"the hops {share(direct)}, by chance {percent(len(chain) / (len(chain) + len(others)))}. Of the "
+        f"{len(sample.evidence)} keys and values themselves the {count} tokens hold "
+        f"{recovery(attribution.scores, sample.evidence):.0%}, without the hops "
+        f"{recovery(direct, sample.evidence):.0%}, by chance 10 %."
     )
 
 
@@ -96,7 +136,7 @@ def write_report(sample: Sample, attribution: Attribution, path: Path) -> None:
     """The report, with the evidence marked."""
     from flashtrace_plugin.report.html import render
 
-    path.write_text(render(attribution, evidence=sample.evidence), encoding="utf-8")
+    path.write_text(render(attribution, evidence=marks(sample)), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Mapping
 from typing import Literal
 
 from rich.console import Console
@@ -27,14 +27,16 @@ _COLUMNS: tuple[tuple[str, Literal["left", "right"]], ...] = (
 )
 
 
-def show(attribution: Attribution, *, top: int = 10, evidence: Set[int] = frozenset(), console: Console) -> None:
+def show(
+    attribution: Attribution, *, top: int = 10, evidence: Mapping[int, str] | None = None, console: Console
+) -> None:
     """Prints what was explained, the strongest tokens of the prompt, and where each hop's mass lies.
 
     top:      number of tokens
-    evidence: positions of the prompt that are known to be the evidence; they get a mark
+    evidence: positions of the prompt that are known to be the evidence, and what to call them
     """
     console.print(_headline(attribution), "\n", sep="")
-    console.print(top_table(attribution, top, evidence, console.width))
+    console.print(top_table(attribution, top, evidence or {}, console.width))
     console.print()
     console.print(hop_table(attribution))
 
@@ -46,7 +48,7 @@ def _headline(attribution: Attribution) -> Text:
     return Text.assemble((attribution.method, "bold"), ": what led to ", (repr(target), "bold"), f"\n{facts}")
 
 
-def top_table(attribution: Attribution, count: int, evidence: Set[int] = frozenset(), width: int = 80) -> Table:
+def top_table(attribution: Attribution, count: int, evidence: Mapping[int, str], width: int = 80) -> Table:
     """The strongest tokens of the prompt, each between its neighbours, in a table of at most ``width`` columns."""
     table = Table(title="Top tokens of the prompt", title_justify="left", box=None, pad_edge=False)
     for name, justify in _COLUMNS:
@@ -54,7 +56,7 @@ def top_table(attribution: Attribution, count: int, evidence: Set[int] = frozens
     if evidence:
         table.add_column("evidence")
     around = min(30, (width - _FIXED) // 2)
-    for row in top_rows(attribution, evidence, count):
+    for row in top_rows(attribution, evidence.keys(), count):
         cells: list[str | Text] = [
             str(row.position),
             Text(row.before.strip()[-around:], "dim"),
@@ -64,7 +66,7 @@ def top_table(attribution: Attribution, count: int, evidence: Set[int] = frozens
             percent(row.share),
             "█" * max(1, round(_BAR * row.width)),
         ]
-        table.add_row(*cells, *(["yes" if row.gold else ""] if evidence else []))
+        table.add_row(*cells, *([evidence.get(row.position, "")] if evidence else []))
     return table
 
 

@@ -28,12 +28,27 @@ def test_the_model_reasons_and_answers_right(sample, attribution):
     assert attribution.hops == demo.HOPS
 
 
-def test_what_it_says_about_mass_and_evidence(sample, attribution):
-    prompt = attribution.prompt.slice
-    direct = float(attribution.hop_scores[0, prompt].sum() / attribution.scores.sum())
-    assert f"{100 * (1 - direct):.1f} % of the prompt's score" in demo.moved(attribution)
-    share = recovery(attribution.scores, sample.evidence)
-    assert f"(10 %) hold {share:.0%} of it" in demo.found(sample, attribution)
+def test_what_it_says_about_mass(attribution):
+    direct = float(attribution.hop_scores[0, attribution.prompt.slice].sum() / attribution.scores.sum())
+    assert f"they bring {100 * (1 - direct):.1f} % of the prompt's score" in demo.moved(attribution)
+
+
+def test_what_it_says_about_the_evidence(sample, attribution):
+    words, scores = sample.prompt.split(), attribution.scores.tolist()
+    top = sorted(range(len(words)), key=lambda i: -scores[i])[:13]
+    touched = {
+        step for i in top for step in range(len(sample.steps)) if demo.marks(sample).get(i) == f"step {step + 1}"
+    }
+    said = demo.found(sample, attribution)
+    assert f"The 13 strongest tokens of the prompt (10 %) touch {len(touched)} of 4 of them" in said
+    assert f"the 13 tokens hold {recovery(attribution.scores, sample.evidence):.0%}, without" in said
+
+
+def test_statements_are_whole(sample):
+    words = sample.prompt.split()
+    chain, others = demo.statements(sample)
+    assert [" ".join(words[i] for i in s) for s in chain] == [f"{text} ;" for text in sample.evidence_text]
+    assert len(others) == 8 and all(words[s[-1]] == ";" and len(s) == 3 for s in others)
 
 
 def test_main_prints_everything_and_writes_the_report(sample, tmp_path, capsys):

@@ -81,6 +81,7 @@
   root.addEventListener("pointerleave", () => (tip.hidden = true));
   addEventListener("scroll", () => { if (!at) tip.hidden = true; }, { passive: true });
   for (const text of root.querySelectorAll(".tokens")) {
+    text.setAttribute("aria-description", "Arrow keys step through the tokens");
     text.addEventListener("keydown", step);
     text.addEventListener("blur", leave);
   }
