@@ -6,6 +6,7 @@ Run ``python benchmarks/method_comparison.py --samples 50`` from the repository'
 from __future__ import annotations
 
 import datetime
+import hashlib
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,7 +21,7 @@ import typer
 from torch import Tensor
 from tqdm import tqdm
 
-from flashtrace_plugin import IFR, FlashTrace, RecursiveAttribution, Span, reasoner, tasks
+from flashtrace_plugin import HETA, IFR, FlashTrace, RecursiveAttribution, Span, reasoner, tasks
 from flashtrace_plugin.core.pattern import weighted_flow
 from flashtrace_plugin.metrics import Estimate, bootstrap, deletion_curve, log_likelihood, recovery
 from flashtrace_plugin.metrics.deletion import replacement_token
@@ -78,16 +79,8 @@ def methods(model: Any, seed: int) -> dict[str, Scorer]:
         for hops in range(5):
             name = f"FlashTrace, {positions}, {hops} hop{'' if hops == 1 else 's'}"
             rows[name] = attributor(FlashTrace(model, hops=hops, positions=positions))
-    return rows | heta(model) | {"answer key": answer_key}
-
-
-def heta(model: Any) -> dict[str, Scorer]:
-    from flashtrace_plugin.methods import METHODS
-
-    if "heta" not in METHODS:
-        return {}
-    cls: Any = METHODS["heta"]
-    return {f"HETA, gate {gate}": attributor(cls(model, gate=gate)) for gate in ("flow", "per_head")}
+    rows["HETA, squared gradients"] = attributor(HETA(model, curvature="gradient_squared"))
+    return rows | {"answer key": answer_key}
 
 
 def attributor(method: Any) -> Scorer:
@@ -149,7 +142,7 @@ def _case(tokenizer: Any, sample: tasks.Sample, generation: str) -> Case:
 
 
 def draw(found: Iterable[Case | None], wanted: int) -> tuple[list[Case], int]:
-    """The first ``wanted`` right cases, and the number of samples drawn for them."""
+    """The first ``wanted`` right cases, and the number of samples drawn."""
     right: list[Case] = []
     drawn = 0
     for case in islice(found, TRIES * wanted):
@@ -169,19 +162,18 @@ def measure(model: Any, case: Case, scores: Tensor, watch: str) -> dict[str, flo
     return dict(zip(METRICS, values, strict=True)) | {"falls": curve.falls}
 
 
-def run(model: Any, tokenizer: Any, kinds: Iterable[str], options: Mapping[str, Any]) -> pd.DataFrame:
-    """One row for each task, sample and method."""
-    rows = []
+def run(model: Any, tokenizer: Any, kinds: Iterable[str], options: Mapping[str, Any]) -> Iterator[pd.DataFrame]:
+    """For each task one row for each sample and method."""
     for kind in kinds:
+        rows: list[dict[str, Any]] = []
         for seed in range(options["seed"], options["seed"] + options["seeds"]):
-            drawn_cases = cases(model, tokenizer, kind, options["length"], seed)
-            right, drawn = draw(drawn_cases, options["samples"])
+            right, drawn = draw(cases(model, tokenizer, kind, options["length"], seed), options["samples"])
             scorers = methods(model, seed)
             for number, case in enumerate(tqdm(right, desc=f"{kind}, seed {seed}", unit="sample")):
                 common = {"task": kind, "seed": seed, "sample": number, "drawn": drawn}
                 for name, scorer in scorers.items():
                     rows.append(common | {"method": name} | measure(model, case, scorer(case), options["watch"]))
-    return pd.DataFrame(rows)
+        yield pd.DataFrame(rows)
 
 
 def cell(estimate: Estimate) -> str:
@@ -246,8 +238,8 @@ def document(values: pd.DataFrame, kinds: Iterable[str], options: Mapping[str, A
 INTRODUCTION = """\
 # Which method finds the evidence
 
-The bundled reasoner ({parameters} parameters) on synthetic tasks whose evidence is known, prompts of at most {length}
-tokens. Written by
+The bundled reasoner ({parameters} parameters, weights {weights}) on synthetic tasks whose evidence is known,
+prompts of at most {length} tokens. Written by
 
     {command}
 
@@ -261,7 +253,8 @@ out, because the evidence for a wrong answer is not known; each section says how
 *random* is the floor. *answer key* scores 1 on the evidence and the question and 0 elsewhere; no method can know that,
 and it need not win deletion, which also rewards marks and words that the model leans on without being evidence. *leave
 one out* pays one forward pass per prompt token to see what deletion does, so it is strong where deletion is measured.
-This is one small model trained on such tasks; what holds here need not hold elsewhere.
+HETA runs with its cheapest curvature (preset GS); its other settings have their own comparison. This is one small
+model trained on such tasks; what holds here need not hold elsewhere.
 """
 
 
@@ -282,19 +275,30 @@ def main(
         raise typer.BadParameter(f"tasks are {', '.join(KINDS)}; --watch is generation or answer")
     model, tokenizer = reasoner.load(weights)
     options = {"samples": samples, "seeds": seeds, "seed": seed, "length": length, "watch": watch}
-    kinds = task or list(KINDS)
-    values = run(model, tokenizer, kinds, options)
-    if values.empty:
-        raise typer.BadParameter(
-            "the reasoner answered no sample right; are these trained weights?", param_hint="weights"
-        )
-    if csv:
-        values.to_csv(csv, index=False)
-    count = sum(p.numel() for p in model.parameters())
-    text = document(values, kinds, options | {"parameters": f"{count:,}", "torch": torch.__version__})
+    options |= {
+        "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
+        "weights": fingerprint(weights or reasoner.path()),
+        "torch": torch.__version__,
+    }
+    kinds, frames = task or list(KINDS), []
+    for done, frame in enumerate(run(model, tokenizer, kinds, options), start=1):
+        frames.append(frame)
+        values = pd.concat(frames)
+        # Written after every task, so that an interrupted run keeps the tasks that are done.
+        write(values, document(values, kinds[:done], options) if len(values) else "No sample was right.", out, csv)
+    typer.echo(out.read_text(encoding="utf-8"))
+
+
+def fingerprint(folder: Path) -> str:
+    """The first digits of the weights' SHA-256, so that a table can be told from one of other weights."""
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:12]
+
+
+def write(values: pd.DataFrame, text: str, out: Path, csv: Path | None) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(text, encoding="utf-8")
-    typer.echo(text)
+    if csv:
+        values.to_csv(csv, index=False)
 
 
 if __name__ == "__main__":
