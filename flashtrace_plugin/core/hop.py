@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flashtrace_plugin.core.layer import Layer
-from flashtrace_plugin.core.pattern import pattern_rows, weighted_flow
+from flashtrace_plugin.core.pattern import channel_flow, pattern_rows, weighted_flow
 from flashtrace_plugin.core.proximity import proximity, source_proximity
 
 ROW_BLOCK = 32
@@ -52,13 +52,7 @@ def one_hop(layers: Sequence[Layer], weights: Tensor, length: int) -> Hop:
     length:  N        scores of positions after the last weighted one are exactly 0
     """
     stop = _last_position(layers[0], weights) + 1
-
-    def shares(layer: Layer) -> _LayerShares:
-        w = layer.attention_weights(weights.to(layer.v.device))
-        flow = weighted_flow(layer.pattern, w, stop)
-        return _layer_shares(layer, weights.to(layer.v.device)[None], w[None], flow[None], stop)
-
-    return _assemble(map(shares, layers), length, stop)
+    return _assemble((_aggregate_shares(layer, weights, stop) for layer in layers), length, stop)
 
 
 def row_hops(layers: Sequence[Layer], rows: Tensor, length: int) -> Hop:
@@ -82,21 +76,46 @@ def _row_block(layers: Sequence[Layer], rows: Tensor, length: int) -> Hop:
     stop = int(layers[0].pattern.positions[rows[-1]]) + 1
 
     def shares(layer: Layer) -> _LayerShares:
+        if layer.z_gate is not None:  # the gate makes v W_O differ from row to row
+            return _joined([_aggregate_shares(layer, w, stop) for w in torch.eye(len(layer.resid_pre))[rows]])
         here = rows.to(layer.v.device)
         weights = torch.nn.functional.one_hot(here, len(layer.resid_pre)).float()
         w = layer.attention_weights(weights)
         flow = pattern_rows(layer.pattern, here, stop) * w.sum(-1)[:, None, None]
-        return _layer_shares(layer, weights, w, flow, stop)
+        return _layer_shares(layer, weights, w, flow, layer.v[:, :stop])
 
     return _assemble(map(shares, layers), length, stop)
 
 
-def _layer_shares(layer: Layer, weights: Tensor, w: Tensor, flow: Tensor, stop: int) -> _LayerShares:
-    """Shares of one layer. weights, w: [B, rows]; flow: [B, H, stop]; Eq. 16-21."""
+def _aggregate_shares(layer: Layer, weights: Tensor, stop: int) -> _LayerShares:
+    """Shares of one layer in the weighted sum of rows. weights: [rows]"""
+    weights = weights.to(layer.v.device)
+    w = layer.attention_weights(weights)
+    if layer.z_gate is None:
+        flow, v = weighted_flow(layer.pattern, w, stop), layer.v[:, :stop]
+    else:
+        through = channel_flow(layer.pattern, w[:, None] * layer.z_gate.float(), stop)
+        v = through * layer.v[:, :stop].float().repeat_interleave(len(through) // len(layer.v), 0)
+        flow = v.new_ones(v.shape[:2])
+    return _layer_shares(layer, weights[None], w[None], flow[None], v)
+
+
+def _joined(rows: Sequence[_LayerShares]) -> _LayerShares:
+    return _LayerShares(
+        tokens=torch.cat([row.tokens for row in rows]),
+        heads=torch.cat([row.heads for row in rows]),
+        residual=torch.cat([row.residual for row in rows]),
+        mlp=torch.cat([row.mlp for row in rows]),
+        gap=torch.stack([row.gap for row in rows]).max(),
+    )
+
+
+def _layer_shares(layer: Layer, weights: Tensor, w: Tensor, flow: Tensor, v: Tensor) -> _LayerShares:
+    """Shares of one layer. weights, w: [B, rows]; flow: [B, H, stop]; v: [H_kv, stop, d_h]; Eq. 16-21."""
     t = _row_sum(weights, layer.resid_mid)
     r = _row_sum(weights, layer.resid_pre)
     u = _row_sum(weights, layer.resid_post)
-    v, W_O = layer.v[:, :stop], layer.output_map()
+    W_O = layer.output_map()
     heads = source_proximity(flow, v, W_O, t)
     residual = proximity(r, t)
     total = heads.sum((1, 2)) + residual

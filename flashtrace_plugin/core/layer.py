@@ -17,7 +17,8 @@ class Layer:
     The rows are the query positions that a method may put weight on (target and reasoning), the columns are
     all N positions. For every row i the record closes::
 
-        resid_mid_i = resid_pre_i + post_scale_i * post_gain ⊙ ( b_O + sum_h sum_j A^h[i,j] v^h_j W_O^h )
+        z^h_i = z_gate^h_i ⊙ sum_j A^h[i,j] v^h_j
+        resid_mid_i = resid_pre_i + post_scale_i * post_gain ⊙ ( b_O + sum_h z^h_i W_O^h )
 
     pattern:    rows of A       see :class:`~flashtrace_plugin.core.pattern.Pattern`
     v:          [H_kv, N, d_h]  values that attention reads, KV heads not repeated
@@ -28,6 +29,7 @@ class Layer:
     resid_post: [rows, d]       after the MLP
     post_gain:  [d]             gain of a norm after attention, or a constant multiplier; None: 1
     post_scale: [rows]          1/rms of that norm, taken from the forward pass; None: 1
+    z_gate:     [H, rows, d_h]  multiplies what a head has read, before the output projection (Qwen3-Next); None: 1
     """
 
     pattern: Pattern
@@ -39,6 +41,7 @@ class Layer:
     resid_post: Tensor
     post_gain: Tensor | None = None
     post_scale: Tensor | None = None
+    z_gate: Tensor | None = None
 
     @property
     def n_heads(self) -> int:

@@ -68,6 +68,8 @@ class BlockRecorder:
         if self.layout.post_norm is not None:
             yield self.layout.post_norm, "input", "norm_in"
             yield self.layout.post_norm, "output", "norm_out"
+        if self.layout.gate is not None:
+            yield self.layout.gate, "output", "gate"
 
     def _note(self, side: str, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> None:
@@ -117,6 +119,7 @@ class BlockRecorder:
             resid_post=seen["resid_post"],
             post_gain=self._multiplier(W_O) if self.post_gain is None else self.post_gain,
             post_scale=seen.get("post_scale"),
+            z_gate=None if self.layout.gate is None else _gate(seen["gate"], pattern.q.shape[0]),
         )
 
     def _complete(self) -> QKPattern:
@@ -164,6 +167,11 @@ def _scale(gain: Tensor | None, before: Tensor, after: Tensor) -> Tensor:
     """s_i of ``after_i = s_i * gain ⊙ before_i`` (Eq. 13), by least squares. result: [r] float32"""
     unscaled = before.float() if gain is None else gain * before.float()
     return (unscaled * after.float()).sum(-1) / unscaled.square().sum(-1)
+
+
+def _gate(projected: Tensor, heads: int) -> Tensor:
+    """The gate of a projection that gives each head its query and then its gate's logits. result: [H, r, d_h]"""
+    return projected.unflatten(-1, (heads, 2, -1))[:, :, 1].sigmoid().transpose(0, 1)
 
 
 def _detached(value: Tensor | None) -> Tensor | None:

@@ -188,6 +188,7 @@ FAMILIES = {
     ),
     "phi": replace(PARALLEL, output="self_attn.dense"),
     "phi3": FUSED,
+    "qwen3_5_moe_text": GATED,
     "qwen3_5_text": GATED,
     "qwen3_next": GATED,
 }
