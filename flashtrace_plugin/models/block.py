@@ -107,7 +107,7 @@ class BlockRecorder:
     def layer(self) -> Layer:
         """The record of this block. Raises UnsupportedModelError or ClosureError if the layout does not fit it."""
         pattern, seen = self._complete(), self.seen
-        W_O, b_O = by_head(self.submodule(self.layout.W_O), pattern.q.shape[0])
+        W_O, b_O = by_head(self.submodule(self.layout.W_O), pattern.q.shape[0], seen["v"], self.name)
         return Layer(
             pattern=pattern,
             # Flash attention is given MLA's values padded to the width of its keys.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,8 @@ from flashtrace_plugin.errors import InputError, UnsupportedModelError
 
 
 def check_model(model: object) -> PreTrainedModel:
-    """The model itself, if it is a decoder-only language model of transformers."""
+    """The model itself, if it is a decoder-only language model of transformers; the model inside a PEFT wrapper."""
+    model = _unwrapped(model)
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
             f"expected a Hugging Face causal language model, got {type(model).__name__}; "
@@ -28,6 +30,19 @@ def check_model(model: object) -> PreTrainedModel:
             f"{type(model).__name__} has no language-model head; load it with AutoModelForCausalLM"
         )
     return model
+
+
+def _unwrapped(model: Any) -> object:
+    """PEFT puts LoRA and its kin into the modules of the base model, which therefore computes all there is."""
+    if not hasattr(type(model), "get_base_model"):
+        return model
+    virtual = [name for name, config in model.peft_config.items() if config.is_prompt_learning]
+    if virtual:
+        raise UnsupportedModelError(
+            f"the PEFT adapter {virtual[0]!r} puts learned vectors before the prompt, which no token stands for; "
+            "prompt and prefix tuning cannot be attributed, LoRA and its kin can"
+        )
+    return model.get_base_model()
 
 
 def check_ids(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
@@ -45,10 +60,25 @@ def check_ids(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
         raise InputError(
             f"token id {int(bad[0])} is outside the vocabulary 0..{vocabulary - 1}; is this the model's tokenizer?"
         )
+    _check_unpadded(model, ids[0])
     limit = position_limit(model)
     if limit is not None and ids.shape[1] > limit:
         raise InputError(f"the sequence has {ids.shape[1]} tokens, the model has {limit} positions; shorten the text")
     return ids.to(model.get_input_embeddings().weight.device)
+
+
+def _check_unpadded(model: PreTrainedModel, ids: Tensor) -> None:
+    """Left padding would be read as text. A padding id that also begins or ends texts is taken for the latter."""
+    config = model.config.get_text_config()
+    pad, others = config.pad_token_id, (config.bos_token_id, config.eos_token_id)
+    if pad is None or any(pad in (other if isinstance(other, list) else [other]) for other in others):
+        return
+    padding = int((ids != pad).cumsum(0).eq(0).sum())
+    if padding:
+        raise InputError(
+            f"the sequence begins with {padding} padding tokens (id {pad}); pass one sequence without padding: "
+            "input_ids[attention_mask.bool()]"
+        )
 
 
 def position_limit(model: PreTrainedModel) -> int | None:

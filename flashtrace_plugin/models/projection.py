@@ -6,28 +6,65 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from flashtrace_plugin.errors import UnsupportedModelError
 
-def by_head(projection: nn.Module, n_heads: int) -> tuple[Tensor, Tensor | None]:
+
+def by_head(
+    projection: nn.Module, n_heads: int, like: Tensor | None = None, name: str = "this model"
+) -> tuple[Tensor, Tensor | None]:
     """Weight [H, d_h, d] and bias [d] (or None) of an affine map from head outputs to the residual stream.
 
-    A module that is neither ``nn.Linear`` nor ``Conv1D`` (LoRA, quantised weights) is applied to the identity,
-    so that what it really computes is used and not what its ``weight`` happens to hold.
+    A plain ``nn.Linear`` or ``Conv1D`` is read. Anything else (LoRA, weights in 8 or 4 bits, weights that wait in main
+    memory or on disk) is applied to the identity, so that what it really computes is used and not what its ``weight``
+    happens to hold.
+
+    like: [H_kv, N, d_h]  the layer's values, which have the width, dtype and device of what the projection is given
+    name: family and layer, for errors
+
+    Raises UnsupportedModelError for a module that is not an affine map.
     """
-    weight, bias = _matrix(projection)
+    if _is_plain(projection):
+        weight, bias = projection.weight, projection.bias
+        weight = weight.T if type(projection) is nn.Linear else weight
+    else:
+        like = next(p for p in projection.parameters() if p.is_floating_point()) if like is None else like
+        width = getattr(projection, "in_features", n_heads * like.shape[-1])
+        weight, bias = _probed(projection, width, like, name)
     return weight.detach().unflatten(0, (n_heads, -1)), None if bias is None else bias.detach()
 
 
-def _matrix(projection: nn.Module) -> tuple[Tensor, Tensor | None]:
-    if type(projection) in (nn.Linear, Conv1D):
-        weight, bias = projection.get_parameter("weight"), projection._parameters.get("bias")
-        return (weight.T if type(projection) is nn.Linear else weight), bias
-    return _probed(projection)
+def _is_plain(projection: nn.Module) -> bool:
+    """Whether the module is its weights: torchao keeps ``nn.Linear`` and changes the tensor, accelerate empties it."""
+    if type(projection) not in (nn.Linear, Conv1D):
+        return False
+    return type(projection.weight) in (nn.Parameter, Tensor) and projection.weight.device.type != "meta"
 
 
-def _probed(projection: nn.Module) -> tuple[Tensor, Tensor]:
-    width = getattr(projection, "in_features", None) or next(projection.parameters()).shape[-1]
-    like = next(p for p in projection.parameters() if p.is_floating_point())
-    zero = torch.zeros(1, width, dtype=like.dtype, device=like.device)
-    bias = projection(zero)
-    identity = torch.eye(width, dtype=like.dtype, device=like.device)
-    return projection(identity) - bias, bias[0]
+def _probed(projection: nn.Module, width: int, like: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """What the module makes of every unit vector and of zero, checked on a vector without small or equal entries."""
+    units = torch.eye(width + 1, width, dtype=like.dtype, device=like.device)
+    z = torch.linspace(-1.5, 1.7, width, dtype=like.dtype, device=like.device)
+    # One call, because kernels for low-bit weights treat a single row differently from many.
+    *rows, bias, seen = projection(torch.cat([units, z[None]])[None])[0]
+    weight = torch.stack(rows) - bias
+    _check_affine(seen.float(), z.float() @ weight.float() + bias.float(), weight.dtype, f"{name}: {_kind(projection)}")
+    return weight, bias
+
+
+def _check_affine(seen: Tensor, expected: Tensor, dtype: torch.dtype, name: str) -> None:
+    gap = float((seen - expected).abs().max() / expected.abs().max())
+    bound = AFFINE_TOLERANCE.get(dtype, 5e-2)
+    if not gap <= bound:
+        raise UnsupportedModelError(
+            f"{name}, the output projection, is not an affine map (relative gap {gap:.1e}, bound {bound:.0e}), so what "
+            "a head writes is not the sum of what it read. A module that quantises its activations does this; load "
+            "the model with weight-only quantisation or without"
+        )
+
+
+def _kind(projection: nn.Module) -> str:
+    return type(projection).__qualname__
+
+
+AFFINE_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2}
+"""Gap to its own matrix that rounding explains, by dtype."""
