@@ -159,16 +159,17 @@ class LayerMethod(Method):
     def _record(self, task: Task, rows: Tensor) -> Recorded:
         """Layers of the sequence up to the last row; what comes after cannot matter, so it is not run."""
         layers = self.source.layers(task.input_ids[:, : int(rows[-1]) + 1], rows)
-        return Recorded(layers, rows, task.length)
+        return Recorded(layers, rows, task.length, self.source.describe().get("family", "this model"))
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """Layers of one sequence, with the positions [r] that may carry weight."""
+    """Layers of one sequence, with the positions [r] that may carry weight; the family is named in errors."""
 
     layers: list[Layer]
     rows: Tensor
     length: int
+    family: str
 
     def hop(self, weights: Tensor) -> Hop:
         """One hop from weights [N] over all positions."""
@@ -183,9 +184,9 @@ class Recorded:
         bound = closure_tolerance(self.layers[0].resid_mid.dtype)
         if not hop.closure_error <= bound:
             raise ClosureError(
-                f"the parts of layer {hop.worst_layer} do not add up to its residual stream: relative gap "
-                f"{hop.closure_error:.1e}, bound {bound:.0e}. The model's block is not what its family's layout says, "
-                "so any attribution of it would be wrong"
+                f"{self.family}, layer {hop.worst_layer}: attention's parts do not add up to the residual stream "
+                f"(relative gap {hop.closure_error:.1e}, bound {bound:.0e}). The block is not what its family's "
+                "layout says, so any attribution of it would be wrong"
             )
         return hop
 

@@ -64,7 +64,8 @@ def check_ids(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
     limit = position_limit(model)
     if limit is not None and ids.shape[1] > limit:
         raise InputError(f"the sequence has {ids.shape[1]} tokens, the model has {limit} positions; shorten the text")
-    return ids.to(model.get_input_embeddings().weight.device)
+    device = model.get_input_embeddings().weight.device
+    return ids.cpu() if device.type == "meta" else ids.to(device)  # offloading moves what a module is given
 
 
 def _check_unpadded(model: PreTrainedModel, ids: Tensor) -> None:

@@ -47,7 +47,9 @@ def _probed(projection: nn.Module, width: int, like: Tensor, name: str) -> tuple
     # One call, because kernels for low-bit weights treat a single row differently from many.
     *rows, bias, seen = projection(torch.cat([units, z[None]])[None])[0]
     weight = torch.stack(rows) - bias
-    _check_affine(seen.float(), z.float() @ weight.float() + bias.float(), weight.dtype, f"{name}: {_kind(projection)}")
+    _check_affine(
+        seen.float(), z.float() @ weight.float() + bias.float(), weight.dtype, f"{name}: {_kind(projection)}"
+    )
     return weight, bias
 
 
@@ -56,8 +58,8 @@ def _check_affine(seen: Tensor, expected: Tensor, dtype: torch.dtype, name: str)
     bound = AFFINE_TOLERANCE.get(dtype, 5e-2)
     if not gap <= bound:
         raise UnsupportedModelError(
-            f"{name}, the output projection, is not an affine map (relative gap {gap:.1e}, bound {bound:.0e}), so what "
-            "a head writes is not the sum of what it read. A module that quantises its activations does this; load "
+            f"{name}, the output projection, is not an affine map (relative gap {gap:.1e}, bound {bound:.0e}), so "
+            "what a head writes is not the sum of what it read. A module that quantises its activations does this; load "
             "the model with weight-only quantisation or without"
         )
 
