@@ -27,7 +27,7 @@ NOT_BOOTED = {
 }
 """Families that TransformerLens 4.3 does not boot, with its reason."""
 
-NOT_DECOMPOSED = {"qwen3_next": "gates", "qwen3_5_text": "gates"}
+NOT_DECOMPOSED = {"qwen3_next": "gates", "qwen3_5_text": "gates", "qwen3_5_moe_text": "gates"}
 """Families that it boots and whose hook points are refused, with our reason."""
 
 

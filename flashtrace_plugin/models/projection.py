@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -10,7 +12,7 @@ from flashtrace_plugin.errors import UnsupportedModelError
 
 
 def by_head(
-    projection: nn.Module, n_heads: int, like: Tensor | None = None, name: str = "this model"
+    projection: Any, n_heads: int, like: Tensor | None = None, name: str = "this model"
 ) -> tuple[Tensor, Tensor | None]:
     """Weight [H, d_h, d] and bias [d] (or None) of an affine map from head outputs to the residual stream.
 
@@ -27,13 +29,14 @@ def by_head(
         weight, bias = projection.weight, projection.bias
         weight = weight.T if type(projection) is nn.Linear else weight
     else:
-        like = next(p for p in projection.parameters() if p.is_floating_point()) if like is None else like
+        if like is None:
+            like = next(p for p in projection.parameters() if p.is_floating_point())
         width = getattr(projection, "in_features", n_heads * like.shape[-1])
         weight, bias = _probed(projection, width, like, name)
     return weight.detach().unflatten(0, (n_heads, -1)), None if bias is None else bias.detach()
 
 
-def _is_plain(projection: nn.Module) -> bool:
+def _is_plain(projection: Any) -> bool:
     """Whether the module is its weights: torchao keeps ``nn.Linear`` and changes the tensor, accelerate empties it."""
     if type(projection) not in (nn.Linear, Conv1D):
         return False
@@ -59,8 +62,8 @@ def _check_affine(seen: Tensor, expected: Tensor, dtype: torch.dtype, name: str)
     if not gap <= bound:
         raise UnsupportedModelError(
             f"{name}, the output projection, is not an affine map (relative gap {gap:.1e}, bound {bound:.0e}), so "
-            "what a head writes is not the sum of what it read. A module that quantises its activations does this; load "
-            "the model with weight-only quantisation or without"
+            "what a head writes is not the sum of what it read. A module that quantises its activations does this; "
+            "load the model with weight-only quantisation or without"
         )
 
 
