@@ -29,7 +29,7 @@ def visualization_record(result: LLMTraceAttributionResult, response: bool) -> v
         pred_class=answer,
         true_class="–",
         attr_class=answer,
-        attr_score=float(result.seq_attr.sum()),
+        attr_score=float(result.seq_attr.detach().sum()),
         raw_input_ids=[escaped(word) for word in words],
         convergence_score=result.attribution.closure_error if result.attribution else 0.0,
     )

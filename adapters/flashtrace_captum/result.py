@@ -89,8 +89,9 @@ class LLMTraceAttributionResult(LLMAttributionResult):
 
     def top(self, k: int = 10) -> list[TokenScore]:
         """The k highest-scoring features, best first; ties in the order of the text."""
-        order = self.seq_attr.argsort(descending=True, stable=True)[:k].tolist()
-        return [TokenScore(i, self.input_tokens[i], float(self.seq_attr[i])) for i in order]
+        scores = self.seq_attr.detach()
+        order = scores.argsort(descending=True, stable=True)[:k].tolist()
+        return [TokenScore(i, self.input_tokens[i], float(scores[i])) for i in order]
 
     def plot_seq_attr(self, show: bool = False) -> tuple[Figure, Axes] | None:
         """Bars over all features if they are few; else windows over the text above the largest scores."""
