@@ -28,7 +28,10 @@ from flashtrace_plugin.errors import InputError, UnsupportedModelError
 from flashtrace_plugin.models.memory import forward_bytes, product_bytes
 from flashtrace_plugin.models.tails import Tails, twice_differentiable
 
-LARGEST_BATCH = 64
+LARGEST_BATCH = {"cpu": 16}
+"""Most items at once by device, 64 elsewhere. All of a batch run the tail of its first item, so large ones waste work
+where small ones already keep the processor busy."""
+
 BAR_DELAY = 5.0
 """Seconds before a progress bar appears."""
 
@@ -203,7 +206,8 @@ class Terms:
     def _batches(self, name: str, size: int, total: int) -> Iterator[Batches]:
         before = self.tails.forwards
         with tqdm(total=total, desc=f"heta {name}", delay=BAR_DELAY, disable=not self.progress, leave=False) as bar:
-            batches = Batches(max(1, min(size, LARGEST_BATCH)), bar.update)
+            largest = LARGEST_BATCH.get(self.tails.embeddings.device.type, 64)
+            batches = Batches(max(1, min(size, largest)), bar.update)
             with _fits_in_memory():
                 yield batches
         self.cost.forwards += self.tails.forwards - before
