@@ -526,6 +526,11 @@ class TestInfidelity:
         assert bool(found.isfinite())
         torch.testing.assert_close(measured(7 * scores), found)
 
+    def test_the_first_token_can_be_absent(self, llm, tokenizer):
+        inp = TextTokenInput("The key of the red box", tokenizer, baselines=PAD)
+        presence = torch.eye(inp.n_itp_features)
+        assert bool(llm.presence_function(inp, RESPONSE)(1 - presence).isfinite().all())
+
     def test_presence_is_as_captum_computes_it(self, model, llm, tokenizer):
         inp = TextTokenInput("The key of the red box", tokenizer, baselines=PAD)
         response = torch.tensor(tokenizer("in the garden")["input_ids"])

@@ -29,7 +29,8 @@ def log_likelihood(model: object, input_ids: Tensor, *, generation: Span, batch_
     whatever the model's dtype. Raises InputError for a result that is not finite.
     """
     lm = check_model(model)
-    ids = torch.stack([check_ids(lm, row)[0] for row in input_ids])
+    # Deletion puts the padding id in the place of tokens, the first included.
+    ids = torch.stack([check_ids(lm, row, padded=True)[0] for row in input_ids])
     if not 0 < generation.start < generation.stop <= ids.shape[1]:
         raise SpanError(f"generation {generation} must lie in 1:{ids.shape[1]}, with a token before it to predict it")
     size = _batch_size(lm, generation, batch_size)

@@ -45,8 +45,11 @@ def _unwrapped(model: Any) -> object:
     return model.get_base_model()
 
 
-def check_ids(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
-    """The ids as [1, N] on the model's device. Raises InputError with the value and its bound."""
+def check_ids(model: PreTrainedModel, input_ids: Tensor, *, padded: bool = False) -> Tensor:
+    """The ids as [1, N] on the model's device. Raises InputError with the value and its bound.
+
+    padded: the text may begin with padding ids, which are then read like any other
+    """
     if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
         raise InputError(f"input_ids must be integers, got {input_ids.dtype}")
     if (input_ids.dim() == 2 and input_ids.shape[0] != 1) or input_ids.dim() not in (1, 2):
@@ -60,7 +63,8 @@ def check_ids(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
         raise InputError(
             f"token id {int(bad[0])} is outside the vocabulary 0..{vocabulary - 1}; is this the model's tokenizer?"
         )
-    _check_unpadded(model, ids[0])
+    if not padded:
+        _check_unpadded(model, ids[0])
     limit = position_limit(model)
     if limit is not None and ids.shape[1] > limit:
         raise InputError(f"the sequence has {ids.shape[1]} tokens, the model has {limit} positions; shorten the text")
