@@ -1,13 +1,13 @@
 """Which hook points of a bridge's block hold the parts of a layer, and how they become a record.
 
 Nothing here goes by the name of a family: what a block adds to or leaves out of the plain form is read from the
-bridge itself (a norm after attention, a residual multiplier, a parallel MLP, clipped values).
+bridge itself (a norm after attention, a residual multiplier, a parallel MLP, clipped values, gated heads).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -26,15 +26,18 @@ PARTS = {
     "v": "attn.hook_v",
     "pattern": "attn.hook_pattern",
     "post_scale": "ln1_post.hook_scale",
+    "gate": "attn.hook_q_gate",
 }
+OPTIONAL = {"resid_mid", "attn_out", "post_scale", "gate"}
 """Parts of a layer and their hook points, relative to ``blocks.{layer}``."""
 
 
 def names_filter(name: str) -> bool:
     """Whether attribution needs this hook point: ``bridge.run_with_cache(tokens, names_filter=names_filter)``.
 
-    The hooks are ``hook_resid_pre``, ``hook_resid_mid`` (``hook_attn_out`` in parallel blocks), ``hook_resid_post``,
-    ``attn.hook_v`` and ``attn.hook_pattern`` of every block, and ``ln1_post.hook_scale`` of a norm after attention.
+    These are ``hook_resid_pre``, ``hook_resid_mid`` (``hook_attn_out`` in parallel blocks), ``hook_resid_post``,
+    ``attn.hook_v`` and ``attn.hook_pattern`` of every block, ``ln1_post.hook_scale`` where a norm follows attention,
+    ``attn.hook_q_gate`` where heads are gated.
     """
     return name.startswith("blocks.") and name.split(".", 2)[-1] in PARTS.values()
 
@@ -58,7 +61,7 @@ class Block:
     def pick(self, part: str, activation: Tensor, rows: Tensor) -> Tensor:
         """What a record keeps of a hooked activation [1, ...], cloned because some models go on to write in place.
 
-        v: [H_kv, N, d_h];  pattern: [H, rows, N];  post_scale: [rows];  residual stream: [rows, d]
+        v: [H_kv, N, d_h];  pattern: [H, rows, N];  post_scale: [rows];  gate: [rows, H d_h];  others: [rows, d]
         """
         x = activation.detach()[0]
         if part == "v":
@@ -81,7 +84,7 @@ class Block:
         """The record, from the parts that :meth:`pick` returned."""
         W_O, b_O = by_head(self.module.attn.o.original_component, pattern.A.shape[0])
         pre = parts["resid_pre"]
-        return Layer(
+        layer = Layer(
             pattern=pattern,
             v=parts["v"],
             W_O=W_O,
@@ -92,6 +95,9 @@ class Block:
             post_gain=self._post_gain(W_O.shape[-1], pre),
             post_scale=parts.get("post_scale"),
         )
+        if "gate" not in parts:
+            return layer
+        return replace(layer, z_gate=parts["gate"].sigmoid().unflatten(-1, W_O.shape[:2]).transpose(0, 1))
 
     def _post_gain(self, width: int, like: Tensor) -> Tensor | None:
         if "post_scale" in self.hooks:
@@ -118,7 +124,7 @@ def _block(bridge: Any, known: Mapping[str, Any], index: int, module: Any) -> Bl
     names = {part: f"blocks.{index}.{hook}" for part, hook in PARTS.items()}
     hooks = {part: name for part, name in names.items() if name in known}
     hooks.pop("attn_out" if "resid_mid" in hooks else "resid_mid", None)
-    missing = [n for part, n in names.items() if part not in {*hooks, "resid_mid", "attn_out", "post_scale"}]
+    missing = [n for part, n in names.items() if part not in {*hooks, *OPTIONAL}]
     if missing:
         raise UnsupportedModelError(f"{_class(bridge)} has no hook point {missing[0]}, which attribution needs")
     return Block(index, module, hooks, _clip(module.attn.original_component))
@@ -135,11 +141,6 @@ def _refuse(bridge: Any, index: int, module: Any) -> None:
         raise UnsupportedModelError(
             f"layer {index} of {_class(bridge)} has no softmax attention ({kinds}), so there is no pattern to follow; "
             "models with linear-attention or state-space layers cannot be attributed through hook points"
-        )
-    if hasattr(module.attn, "hook_q_gate"):
-        raise UnsupportedModelError(
-            f"layer {index} of {_class(bridge)} gates what its heads read (attn.hook_q_gate), position by position, "
-            "which is not part of the decomposition"
         )
 
 
