@@ -184,7 +184,8 @@ class HETA(LayerMethod):
             how = Curvature(self.curvature, self.probes, self.rank, self.seed)
             components["curvature"] = terms.curvature(how, spans)
         if self.mask is not None:
-            components["information"] = terms.information(mask_vector(self.model, self.mask, self.mask_token))
+            replacement = mask_vector(self.model, self.mask, self.mask_token, target.input_ids.device)
+            components["information"] = terms.information(replacement)
         return components
 
     def _combined(self, components: dict[str, Tensor]) -> Tensor:

@@ -28,7 +28,7 @@ from flashtrace_plugin.errors import InputError, UnsupportedModelError
 from flashtrace_plugin.models.memory import forward_bytes, product_bytes
 from flashtrace_plugin.models.tails import Tails, twice_differentiable
 
-LARGEST_BATCH = {"cpu": 16}
+LARGEST_BATCH = {"cpu": 8}
 """Most items at once by device, 64 elsewhere. All of a batch run the tail of its first item, so large ones waste work
 where small ones already keep the processor busy."""
 
@@ -250,16 +250,19 @@ def _fits_in_memory() -> Iterator[None]:
         ) from error
 
 
-def mask_vector(model: PreTrainedModel, kind: str, token: int | None) -> Tensor:
-    """What a masked token becomes: zero, the mean over the vocabulary, or the embedding of a token. result: [d]"""
+def mask_vector(model: PreTrainedModel, kind: str, token: int | None, device: torch.device) -> Tensor:
+    """What a masked token becomes: zero, the mean over the vocabulary, or the embedding of a token. result: [d]
+
+    device: of token ids
+    """
     embedding = model.get_input_embeddings()
-    weight = embedding.weight
-    if kind == "zero":
-        return torch.zeros_like(weight[0])
     with torch.no_grad():
+        one = embedding(torch.tensor([token or 0], device=device))[0]
+        if kind == "zero":
+            return torch.zeros_like(one)
         if kind != "mean":
-            return embedding(torch.tensor([token], device=weight.device))[0]
-        # Through the module, because some multiply by a factor.
-        parts = torch.arange(len(weight), device=weight.device).split(4096)
-        total = sum((embedding(part).double().sum(0) for part in parts), torch.zeros((), dtype=torch.float64))
-        return (total / len(weight)).to(weight.dtype)
+            return one
+        # Through the module, because some multiply by a factor, and in parts, because the table is large.
+        parts = torch.arange(len(embedding.weight), device=device).split(4096)
+        total = torch.stack([embedding(part).double().sum(0) for part in parts]).sum(0)
+        return (total / len(embedding.weight)).to(one)

@@ -234,7 +234,7 @@ def test_a_linear_function_has_no_curvature():
 
 @pytest.mark.parametrize("mask", ["zero", "mean", "token"])
 def test_information_against_a_plain_loop(problem, mask):
-    replacement = mask_vector(problem.model, mask, 5)
+    replacement = mask_vector(problem.model, mask, 5, IDS.device)
     with torch.no_grad():
         values = information(
             problem.tails.log_probs,
