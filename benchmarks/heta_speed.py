@@ -11,10 +11,9 @@ up, our groups of tokens likewise.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import typer
@@ -31,9 +30,10 @@ from flashtrace_plugin.core.curvature import (
     rademacher,
 )
 from flashtrace_plugin.core.information import information, kl
+from flashtrace_plugin.core.windows import windows
 from flashtrace_plugin.heta_options import PRESETS
 from flashtrace_plugin.heta_terms import LARGEST_BATCH, WeightedTarget
-from flashtrace_plugin.models.memory import peak_memory
+from flashtrace_plugin.models.memory import peak_memory, product_bytes
 from flashtrace_plugin.models.tails import Tails, twice_differentiable
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -154,6 +154,16 @@ class Bench:
         few = cpu_seconds(lambda: self._low_rank(8)) - build
         yield f"low rank {rank} against full by the loop", loop, build + few * (rank + OVERSAMPLING) / 8
 
+    def window(self, size: int, k: int, count: int) -> None:
+        """A low-rank Hessian of the first tokens, from few test vectors."""
+        omega = torch.randn(k, size, self.X.shape[1])
+        low_rank_curvature(self.g, self.X, omega, self._signs(size), batches=Batches(count))
+
+    def masked(self, tokens: int) -> None:
+        with torch.no_grad():
+            zero = torch.zeros(self.X.shape[1])
+            information(self.tails.log_probs, self.X, zero, torch.ones(1), length=tokens, batches=_batches())
+
     def _group(self, start: int, tokens: int) -> None:
         """The full curvature of neighbours that share a graph."""
         signs = self._signs(tokens)
@@ -173,7 +183,7 @@ def _batches() -> Batches:
 
 
 @app.command()
-def presets(length: int = 256, window: int = 128, last_layers: int = 2, width: int = 256, layers: int = 6) -> None:
+def presets(length: int = 128, window: int = 64, last_layers: int = 2, width: int = 256, layers: int = 4) -> None:
     """All of HETA by preset; window and layers are scaled down with the model from the paper's 512 and 6."""
     model = llama_shape(width, layers, 4096)
     ids = torch.randint(0, 4096, (1, length), generator=torch.Generator().manual_seed(0))
@@ -192,23 +202,34 @@ def presets(length: int = 256, window: int = 128, last_layers: int = 2, width: i
 
 
 @app.command()
-def long(
-    length: int = 2048,
-    width: int = 512,
-    layers: int = 8,
-    rank: int = 64,
-    all_of_it: Annotated[bool, typer.Option("--all", help="run it whole instead of sampling")] = False,
-) -> None:
-    """LR+WIN on a long text. The sample runs the first window, which has the longest tail, with few test vectors."""
+def long(length: int = 2048, width: int = 512, layers: int = 8, rank: int = 64, vectors: int = 2) -> None:
+    """LR+WIN on a long text: the gate whole, the first window of the curvature and a batch of masked passes.
+
+    The first window has the longest tail, so its products take the most memory; the time of all windows follows from
+    its graph, its products and the length of the other tails.
+    """
     model = llama_shape(width, layers, 8192)
-    ids = torch.randint(0, 8192, (length,), generator=torch.Generator().manual_seed(0))
-    forward = forward_seconds(model, ids[None])
-    options: dict[str, Any] = {} if all_of_it else {"rank": 8, "probes": 2, "mask": None}
-    heta = HETA.preset(model, None, "LR+WIN", **({"rank": rank} | options))
-    found = heta.attribute_ids(ids, prompt_length=length - 2, target=Span(length - 1, length))
-    kept = {key: found.settings[key] for key in ("hvps", "forwards", "halved", "seconds", "rank", "mask")}
-    memory = peak_memory(torch.device("cpu")) or 0
-    print(json.dumps(kept | {"forward_seconds": forward, "peak_memory_GiB": memory / 2**30}))
+    ids = torch.randint(0, 8192, (1, length), generator=torch.Generator().manual_seed(0))
+    forward = forward_seconds(model, ids)
+    gate = HETA(model, window=512, curvature=None, mask=None)
+    gated = cpu_seconds(lambda: gate.attribute_ids(ids, prompt_length=length - 2, target=Span(length - 1, length)))
+    bench = Bench(model, ids[:, :-1], 8, 1)
+    count = max(1, gate.memory_budget // product_bytes(model, length, 1))
+    with twice_differentiable(model):
+        build = cpu_seconds(lambda: HessianProducts(bench.g, bench.X, 0))
+        product = (cpu_seconds(lambda: bench.window(512, vectors, count)) - build) / (2 * vectors)
+    masked = cpu_seconds(lambda: bench.masked(8)) / 8
+    tails = [(length - a) / length for a, _ in windows(length - 1, 512)]
+    products = 2 * (rank + OVERSAMPLING)
+    whole = gated + sum(tails) * (build + products * product) + length / 2 * masked
+    memory = (peak_memory(torch.device("cpu")) or 0) / 2**30
+    print(
+        f"llama shape d = {width}, {layers} layers, N = {length}: one forward pass {forward:.1f} s, gate {gated:.1f} s"
+    )
+    print(
+        f"first window: graph {build:.1f} s, one product {product:.1f} s, {count} at a time; masked pass {masked:.2f} s"
+    )
+    print(f"peak memory {memory:.1f} GiB; {len(tails)} windows of {products} products: about {whole:.0f} s in all")
 
 
 if __name__ == "__main__":
