@@ -226,9 +226,7 @@ def long(length: int = 2048, width: int = 512, layers: int = 8, rank: int = 64, 
     print(
         f"llama shape d = {width}, {layers} layers, N = {length}: one forward pass {forward:.1f} s, gate {gated:.1f} s"
     )
-    print(
-        f"first window: graph {build:.1f} s, one product {product:.1f} s, {count} at a time; masked pass {masked:.2f} s"
-    )
+    print(f"first window: graph {build:.1f} s, product {product:.1f} s, {count} at once; masked pass {masked:.2f} s")
     print(f"peak memory {memory:.1f} GiB; {len(tails)} windows of {products} products: about {whole:.0f} s in all")
 
 
