@@ -22,6 +22,12 @@ from flashtrace_plugin.tasks import Sample
 HOPS = 4
 SEED = 0
 LENGTH = 128
+CALL = f"""\
+import inseq, flashtrace_inseq
+model = inseq.load_model(reasoner.path(), "flashtrace")
+out = model.attribute(prompt, hops={HOPS}, positions="predicting")
+"""
+"""What :func:`explain` does, printed for the reader."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -35,6 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
     sample = tasks.make("variable_tracking", given.seed, hops=HOPS, chains=3, length=LENGTH)
     console = Console(highlight=False, markup=False)
     attribution = explain(sample)
+    console.print(CALL, style="dim")
     tell(sample, attribution, console)
     write_report(sample, attribution, given.html)
     console.print(f"\nReport: {given.html.absolute().as_uri()}", soft_wrap=True)
