@@ -23,8 +23,9 @@ HOPS = 4
 SEED = 0
 LENGTH = 128
 CALL = f"""\
-import inseq, flashtrace_inseq
-model = inseq.load_model(reasoner.path(), "flashtrace")
+import flashtrace_inseq, inseq
+from flashtrace_plugin import reasoner
+model = inseq.load_model(str(reasoner.path()), "flashtrace")
 out = model.attribute(prompt, hops={HOPS}, positions="predicting")
 """
 """What :func:`explain` does, printed for the reader."""
