@@ -1,37 +1,61 @@
-"""Every family: its parts add up, its logits are the untouched model's, its scores are the dense reference's."""
+"""Every family: its parts add up, its logits are the untouched model's, its scores are the dense reference's.
+
+``python -m benchmarks.families`` writes what these checks measure into docs/families.md.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
 from flashtrace_plugin import FlashTrace, Span
+from flashtrace_plugin.models.capture import logit_gap
 from flashtrace_plugin.models.layouts import supported_families
 from tests.reference import dense
 from tests.tiny import FAMILIES, random_ids, tiny
 
 IDS = random_ids(24)
 PROMPT, REASONING, TARGET = 10, Span(10, 19), Span(19, 24)
+WRAPPERS = {"gemma3"}
+"""Multimodal models whose text model is tested under its own name."""
 
 
-def checked(model) -> tuple[float, float]:
-    """Closure error of the package, and its largest gap to the dense reference relative to the largest score."""
+@dataclass(frozen=True)
+class Checked:
+    """Closure error, and the largest gaps to the untouched model's logits and to the reference's numbers."""
+
+    closure: float
+    logits: float
+    scores: float
+    mlp_shares: float
+
+
+def check(model) -> Checked:
     ours = FlashTrace(model, hops=2).attribute_ids(IDS, prompt_length=PROMPT, target=TARGET, reasoning=REASONING)
     layers = dense.read_dense(model, IDS)
-    theirs = dense.flashtrace(layers, PROMPT, (TARGET.start, TARGET.stop), (REASONING.start, REASONING.stop), hops=2)[
-        "hop_scores"
-    ]
-    gap = (ours.hop_scores - theirs).abs().amax(1) / theirs.amax(1)
-    return ours.closure_error, gap.max().item()
+    spans = [(span.start, span.stop) for span in (TARGET, REASONING)]
+    theirs = dense.flashtrace(layers, PROMPT, *spans, hops=2)["hop_scores"]
+    first = dense.one_hop(layers, dense.weights_at(dict.fromkeys(range(*spans[0]), 1.0), len(IDS)))
+    return Checked(
+        closure=ours.closure_error,
+        logits=logit_gap(model, IDS[None]),
+        scores=((ours.hop_scores - theirs).abs().amax(1) / theirs.amax(1)).max().item(),
+        mlp_shares=(ours.mlp_shares[0] - first.mlp_shares).abs().max().item(),
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_family_is_exact(family):
-    closure, gap = checked(tiny(family))
-    assert closure < 2e-6
-    assert gap < 1e-4
+    found = check(tiny(family))
+    assert found.closure < 2e-6
+    assert found.logits < 1e-6
+    assert found.scores < 1e-4
+    assert found.mlp_shares < 1e-5
 
 
-def test_every_family_of_the_table_is_tested():
-    tested = {name.partition(":")[0] for name in FAMILIES}
-    wrappers = {"gemma3"}
-    assert tested == set(supported_families()) - wrappers
+def test_every_family_of_the_table_is_tested_and_documented():
+    assert {name.partition(":")[0] for name in FAMILIES} == set(supported_families()) - WRAPPERS
+    page = (Path(__file__).parent.parent / "docs" / "families.md").read_text()
+    assert [name for name in FAMILIES if f"| {name} |" not in page] == []

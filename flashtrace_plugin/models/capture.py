@@ -42,7 +42,7 @@ def capture(model: PreTrainedModel, input_ids: Tensor, rows: Tensor) -> list[Lay
     layout = layout_for(model.config)
     with torch.no_grad(), evaluating(model):
         if model not in _verified:
-            _verify_logits(model, layout, input_ids[:, :CHECKED_TOKENS])
+            _verify_logits(model, input_ids[:, :CHECKED_TOKENS])
         recorders, _ = _record(model, layout, input_ids, rows)
         return [recorder.layer() for recorder in recorders]
 
@@ -98,11 +98,18 @@ def _last_logits(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
     return model(input_ids=input_ids, use_cache=False, **options).logits[0, -1]
 
 
-def _verify_logits(model: PreTrainedModel, layout: Layout, input_ids: Tensor) -> None:
+def logit_gap(model: PreTrainedModel, input_ids: Tensor) -> float:
+    """Largest difference between the last logits with and without recording, relative to the largest logit."""
+    with torch.no_grad(), evaluating(model):
+        plain = _last_logits(model, input_ids)
+        last = torch.tensor([input_ids.shape[1] - 1])
+        _, recorded = _record(model, layout_for(model.config), input_ids, last)
+    return float((plain - recorded).abs().max() / plain.abs().max())
+
+
+def _verify_logits(model: PreTrainedModel, input_ids: Tensor) -> None:
     """Closure cannot see a recording that changes the computation, so the logits are compared once per model."""
-    plain = _last_logits(model, input_ids)
-    _, recorded = _record(model, layout, input_ids, torch.tensor([input_ids.shape[1] - 1]))
-    gap = float((plain - recorded).abs().max() / plain.abs().max())
+    gap = logit_gap(model, input_ids)
     if not gap <= LOGIT_TOLERANCE:
         raise ClosureError(
             f"{family_name(model)}: {type(model).__name__} gives other logits while it is recorded (relative gap "

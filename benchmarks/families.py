@@ -1,0 +1,104 @@
+"""Writes docs/families.md: what the tests of the families measure, and what is refused.
+
+python -m benchmarks.families
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import transformers
+
+from flashtrace_plugin import FlashTrace, Span
+from flashtrace_plugin.errors import FlashTraceError
+from flashtrace_plugin.models.layouts import Layout, layout_for
+from tests.test_families import check
+from tests.test_lens_families import NOT_BOOTED, NOT_DECOMPOSED
+from tests.tiny import FAMILIES, random_ids, tiny
+
+PAGE = Path(__file__).parent.parent / "docs" / "families.md"
+
+INTRODUCTION = """# Model families
+
+Written by `python -m benchmarks.families` from the checks in `tests/test_families.py`; do not edit by hand.
+
+Every row is a random model of three layers in float32, all of whose parameters are drawn away from their defaults
+(norm gains from 1, biases and sinks from 0, multipliers from 1), over 24 tokens with windows of 8.
+
+- **closure**: how far the parts of attention (residual stream, every source through every head, bias) are from the
+  whole, relative to what attention writes. It is measured on every call; above 1e-4 (float32) the model is refused.
+- **logits**: the largest difference to the untouched model's logits, relative to the largest; checked once per model.
+- **scores**: the largest difference of three hops of FlashTrace to the slow reference in `tests/reference`, which
+  reads the model a second time, through eager attention and its projections, relative to the largest score.
+- **sources**: `streaming` is plain hooks on the untouched Hugging Face model; `hook points` is a `TransformerBridge`.
+
+What follows a colon names a second layout of the same family. Multimodal models with one of these as their text model
+are read where a line of the table says where its blocks are (so far: gemma3).
+[loading.md](loading.md) says what a model may be loaded with; [adding-a-family.md](adding-a-family.md) how to add one.
+
+"""
+
+OTHERS = """
+Any model type that is not in the table is refused by name. So are encoder-decoders, models without a language-model
+head, and sequences that begin with padding.
+"""
+
+HYBRID = {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
+REFUSED = {
+    "qwen3_next with linear attention": ("qwen3_next", HYBRID),
+    "qwen3_5_text with linear attention": ("qwen3_5_text", HYBRID),
+    "opt with do_layer_norm_before=False": ("opt", {"do_layer_norm_before": False}),
+    "bloom with its residual after the norm": ("bloom", {"apply_residual_connection_post_layernorm": True}),
+}
+
+
+def main() -> None:
+    transformers.logging.set_verbosity_error()
+    page = INTRODUCTION + _table() + "\n## Refused\n\n" + _refused() + OTHERS
+    PAGE.write_text(page)
+    print(f"wrote {PAGE}")
+
+
+def _table() -> str:
+    lines = ["| family | sources | closure | logits | scores | block |", "|---|---|---|---|---|---|"]
+    for family in FAMILIES:
+        model = tiny(family)
+        found = check(model)
+        lines.append(
+            f"| {family} | {_sources(family)} | {found.closure:.0e} | {found.logits:.1g} | {found.scores:.0e} "
+            f"| {_block(layout_for(model.config))} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _sources(family: str) -> str:
+    return "streaming" if family in NOT_BOOTED | NOT_DECOMPOSED else "streaming, hook points"
+
+
+def _block(layout: Layout) -> str:
+    """The layout in words."""
+    parts = ["parallel" if layout.mid is None else "sequential"]
+    parts += ["norm after attention"] if layout.post_norm else []
+    parts += ["residual multiplier"] if layout.multiplier else []
+    parts += ["gated heads"] if layout.gate else []
+    parts += ["attention of its own"] if layout.reader else []
+    return ", ".join(parts)
+
+
+def _refused() -> str:
+    lines = ["| model | message |", "|---|---|"]
+    for name, (family, settings) in REFUSED.items():
+        lines.append(f"| {name} | {_message(family, settings)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _message(family: str, settings: dict) -> str:
+    try:
+        FlashTrace(tiny(family, **settings)).attribute_ids(random_ids(24), prompt_length=10, target=Span(19, 24))
+    except FlashTraceError as error:
+        return str(error)
+    raise SystemExit(f"{family} with {settings} is not refused any more; remove it from the list")
+
+
+if __name__ == "__main__":
+    main()
