@@ -216,8 +216,8 @@ Captum's methods run with `forward_in_tokens=False` (FeatureAblation, ShapleyVal
 and the pad token as baseline. They score every response token, so each appears twice: *answer* sums the rows of the
 answer, with the reasoning before it held fixed; *whole response* sums all rows, which is what RISE and MAS measure.
 The other methods explain the answer, FlashTrace through the reasoning, and in its last row the whole response as one
-target. A perturbation method answers what happens if a token is removed, FlashTrace where the answer's information came
-from: compare the costs together with the quality.
+target. A perturbation method answers what happens if a token is removed, FlashTrace where the answer's information
+came from: compare the costs together with the quality.
 Samples where the reasoner was wrong anywhere are left out. One small model; what holds here need not hold elsewhere.
 """
 
