@@ -7,7 +7,7 @@ reasoner.final_answer(text) == sample.answer
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flashtrace_plugin.tasks import Sample
 from flashtrace_plugin.tasks.vocabulary import THINK_CLOSE
@@ -35,7 +35,7 @@ def load(weights: Path | None = None) -> "tuple[Qwen3ForCausalLM, PreTrainedToke
     return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
-def answer(model, tokenizer, sample: Sample | str) -> str:
+def answer(model: Any, tokenizer: Any, sample: Sample | str) -> str:
     """The text that the model generates greedily behind a sample's prompt (or a prompt), without the end token."""
     prompt = sample if isinstance(sample, str) else sample.prompt
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)

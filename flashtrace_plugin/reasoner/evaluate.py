@@ -7,7 +7,7 @@ draws from other seeds, so that no sample was seen.
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -43,7 +43,7 @@ def held_out(task: str, length: int, count: int, parameters: dict[str, int | boo
         return []
 
 
-def generate(model, tokenizer, samples: Sequence[Sample]) -> Iterator[str]:
+def generate(model: Any, tokenizer: Any, samples: Sequence[Sample]) -> Iterator[str]:
     """The greedy generations of samples, in batches with padding on the left."""
     for first in range(0, len(samples), BATCH):
         prompts = [sample.prompt for sample in samples[first : first + BATCH]]
@@ -53,18 +53,18 @@ def generate(model, tokenizer, samples: Sequence[Sample]) -> Iterator[str]:
         yield from tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def accuracy(model, tokenizer, samples: Sequence[Sample]) -> tuple[float, float]:
+def accuracy(model: Any, tokenizer: Any, samples: Sequence[Sample]) -> tuple[float, float]:
     """Shares, 0 to 1, of samples with the right answer, and with the right reasoning and answer."""
-    texts = list(generate(model, tokenizer, samples))
+    texts = list(generate(model: Any, tokenizer: Any, samples))
     answers = sum(reasoner.final_answer(text) == sample.answer for text, sample in zip(texts, samples))
     whole = sum(text == sample.generation for text, sample in zip(texts, samples))
     return answers / len(samples), whole / len(samples)
 
 
-def _cell(model, tokenizer, samples: Sequence[Sample]) -> str:
+def _cell(model: Any, tokenizer: Any, samples: Sequence[Sample]) -> str:
     if not samples:
         return "–"
-    answers, whole = accuracy(model, tokenizer, samples)
+    answers, whole = accuracy(model: Any, tokenizer: Any, samples)
     return f"{100 * answers:.1f} ({100 * whole:.1f})"
 
 

@@ -10,7 +10,7 @@ import random
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import typer
@@ -85,7 +85,7 @@ def rate(done: float, step: int, peak: float, warm_up: int = 100) -> float:
     return peak * min(1.0, (step + 1) / warm_up, max(0.0, 1 - done) / (1 - CONSTANT_UNTIL))
 
 
-def loss_and_right(model: torch.nn.Module, batch: Batch) -> tuple[Tensor, float]:
+def loss_and_right(model: Any, batch: Batch) -> tuple[Tensor, float]:
     """Mean cross-entropy of the generated tokens, and the share of samples with every token right."""
     hidden = model.model(
         input_ids=batch.ids, position_ids=batch.positions, attention_mask=batch.mask, use_cache=False

@@ -8,6 +8,7 @@ key instead of in several statements, because a model of under a million paramet
 import random
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 from flashtrace_plugin.errors import InputError
 from flashtrace_plugin.tasks.body import Statement, scatter
@@ -72,7 +73,7 @@ def needle_retrieval(
 TASKS: dict[str, Callable[..., Sample]] = {f.__name__: f for f in (variable_tracking, needle_retrieval)}
 
 
-def make(task: str, seed: int, **parameters) -> Sample:
+def make(task: str, seed: int, **parameters: Any) -> Sample:
     """The sample of a task by name and seed: the same arguments give the same sample."""
     if task not in TASKS:
         raise InputError(f"task is {task!r}; known tasks are {', '.join(TASKS)}")
