@@ -65,7 +65,7 @@ Scorer = Callable[[Case], Tensor]
 
 
 def methods(model: Any, seed: int) -> dict[str, Scorer]:
-    """Every method by the name of its row, strongest claims last."""
+    """Every method by the name of its row; baselines first."""
     generator = torch.Generator().manual_seed(seed)
     rows: dict[str, Scorer] = {
         "random": lambda case: torch.rand(case.prompt_length, generator=generator),
@@ -74,13 +74,17 @@ def methods(model: Any, seed: int) -> dict[str, Scorer]:
         "leave one out": lambda case: leave_one_out(model, case),
         "IFR": attributor(IFR(model)),
     }
-    rows |= {f"recursive, {k} hops": attributor(RecursiveAttribution(model, hops=k)) for k in (1, 4)}
+    rows |= {f"recursive, {counted(k)}": attributor(RecursiveAttribution(model, hops=k)) for k in (1, 4)}
     for positions in ("token", "predicting"):
         for hops in range(5):
-            name = f"FlashTrace, {positions}, {hops} hop{'' if hops == 1 else 's'}"
+            name = f"FlashTrace, {positions}, {counted(hops)}"
             rows[name] = attributor(FlashTrace(model, hops=hops, positions=positions))
     rows["HETA, squared gradients"] = attributor(HETA(model, curvature="gradient_squared"))
     return rows | {"answer key": answer_key}
+
+
+def counted(hops: int) -> str:
+    return "1 hop" if hops == 1 else f"{hops} hops"
 
 
 def attributor(method: Any) -> Scorer:
