@@ -55,7 +55,7 @@ def generate(model: Any, tokenizer: Any, samples: Sequence[Sample]) -> Iterator[
 
 def accuracy(model: Any, tokenizer: Any, samples: Sequence[Sample]) -> tuple[float, float]:
     """Shares, 0 to 1, of samples with the right answer, and with the right reasoning and answer."""
-    texts = list(generate(model: Any, tokenizer: Any, samples))
+    texts = list(generate(model, tokenizer, samples))
     answers = sum(reasoner.final_answer(text) == sample.answer for text, sample in zip(texts, samples))
     whole = sum(text == sample.generation for text, sample in zip(texts, samples))
     return answers / len(samples), whole / len(samples)
@@ -64,7 +64,7 @@ def accuracy(model: Any, tokenizer: Any, samples: Sequence[Sample]) -> tuple[flo
 def _cell(model: Any, tokenizer: Any, samples: Sequence[Sample]) -> str:
     if not samples:
         return "–"
-    answers, whole = accuracy(model: Any, tokenizer: Any, samples)
+    answers, whole = accuracy(model, tokenizer, samples)
     return f"{100 * answers:.1f} ({100 * whole:.1f})"
 
 
