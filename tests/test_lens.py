@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -245,13 +248,10 @@ def test_heads_with_large_shares_matter_to_the_answer():
         prompt = len(sample.prompt.split())
         target = Span(len(ids) - len(sample.answer.split()), len(ids))
         reasoning = Span(prompt + 1, target.start - 1)
-        result = flashtrace(bridge, ids, target=target, reasoning=reasoning, prompt_length=prompt)
-        order = result.values("head").argsort(descending=True)
-        chosen = {
-            "top": order[:3],
-            "bottom": order[-3:],
-            "random": torch.randperm(len(order), generator=generator)[:3],
-        }
+        spans = {"target": target, "reasoning": reasoning, "prompt_length": prompt}
+        result = flashtrace(bridge, ids, positions="predicting", **spans)
+        order, mixed = result.values("head", hop=0).argsort(descending=True), torch.randperm(16, generator=generator)
+        chosen = {"top": order[:4], "bottom": order[-4:], "random": mixed[:4]}
         with torch.no_grad():
             whole = log_probability(bridge, ids, target)
             for name, heads in chosen.items():
@@ -259,3 +259,12 @@ def test_heads_with_large_shares_matter_to_the_answer():
                 drops[name] += (whole - log_probability(bridge, ids, target, pairs)) / 8
     assert drops["top"] > drops["random"] + 1
     assert drops["top"] > drops["bottom"] + 1
+
+
+def test_the_page_runs_as_it_stands():
+    page = Path(__file__).parent.parent / "docs" / "transformer-lens.md"
+    namespace: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+        exec(compile(block, page.name, "exec"), namespace)
+    ranked, log_p = namespace["ranked"], namespace["log_probability"]
+    assert log_p(ranked[:4]) < log_p(ranked[-4:]) - 1
