@@ -7,7 +7,7 @@ bridge itself (a norm after attention, a residual multiplier, a parallel MLP, cl
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -84,7 +84,7 @@ class Block:
         """The record, from the parts that :meth:`pick` returned."""
         W_O, b_O = by_head(self.module.attn.o.original_component, pattern.A.shape[0])
         pre = parts["resid_pre"]
-        layer = Layer(
+        return Layer(
             pattern=pattern,
             v=parts["v"],
             W_O=W_O,
@@ -94,10 +94,8 @@ class Block:
             resid_post=parts["resid_post"],
             post_gain=self._post_gain(W_O.shape[-1], pre),
             post_scale=parts.get("post_scale"),
+            z_gate=parts["gate"].sigmoid().unflatten(-1, W_O.shape[:2]).transpose(0, 1) if "gate" in parts else None,
         )
-        if "gate" not in parts:
-            return layer
-        return replace(layer, z_gate=parts["gate"].sigmoid().unflatten(-1, W_O.shape[:2]).transpose(0, 1))
 
     def _post_gain(self, width: int, like: Tensor) -> Tensor | None:
         if "post_scale" in self.hooks:
