@@ -21,6 +21,9 @@ from torch import Tensor
 BLOCK_BYTES = 4 << 20
 """Size of one block of recomputed pattern rows on a CPU, so that the softmax stays in cache."""
 
+MIN_BLOCK_ROWS = 16
+"""On long texts a block outgrows the cache rather than turn the matrix product into single rows."""
+
 ACCELERATOR_BLOCK_BYTES = 1 << 28
 """Size of a block on an accelerator, where large launches matter more than cache."""
 
@@ -69,7 +72,7 @@ class QKPattern:
     def blocks(self, rows: Tensor) -> Iterator[tuple[slice, int, Tensor]]:
         """See :class:`Pattern`. ``rows`` [r] are indices into ``positions``, increasing."""
         heads, last = self.q.shape[0], int(self.positions[rows[-1]]) + 1
-        size = max(1, block_bytes(self.q.device, BLOCK_BYTES) // (4 * heads * last))
+        size = max(MIN_BLOCK_ROWS, block_bytes(self.q.device, BLOCK_BYTES) // (4 * heads * last))
         for begin in range(0, len(rows), size):
             part = slice(begin, min(begin + size, len(rows)))
             yield part, *self._softmax(rows[part])
@@ -79,7 +82,7 @@ class QKPattern:
         start = 0 if self.first_key is None else int(self.first_key[queries].min())
         stop = int(queries[-1]) + 1
         scores = self._scores(rows, start, stop)
-        scores.masked_fill_(self._hidden(queries, start, stop), -torch.inf)
+        self._hide(scores, queries, start)
         if self.sinks is None:
             return start, scores.softmax(-1)
         sink = self.sinks.float()[:, None, None].expand(-1, len(rows), 1)
@@ -99,12 +102,15 @@ class QKPattern:
             scores = scores + bias[..., start:stop].float()
         return scores
 
-    def _hidden(self, queries: Tensor, start: int, stop: int) -> Tensor:
-        keys = torch.arange(start, stop, device=queries.device)
-        hidden = keys > queries[:, None]
+    def _hide(self, scores: Tensor, queries: Tensor, start: int) -> None:
+        """Takes away, in place, what a query may not see. Only keys at the edges of a block are hidden from anyone."""
+        keys = torch.arange(start, start + scores.shape[-1], device=queries.device)
+        late = slice(max(0, int(queries[0]) + 1 - start), None)
+        scores[..., late].masked_fill_(keys[late] > queries[:, None], -torch.inf)
         if self.first_key is not None:
-            hidden |= keys < self.first_key[queries, None]
-        return hidden
+            first = self.first_key[queries]
+            early = slice(0, int(first.max()) - start)
+            scores[..., early].masked_fill_(keys[early] < first[:, None], -torch.inf)
 
 
 @dataclass(frozen=True)
@@ -135,7 +141,7 @@ def weighted_flow(pattern: Pattern, weights: Tensor, length: int) -> Tensor:
     for part, start, A in pattern.blocks(rows) if len(rows) else ():
         if flow is None:
             flow = A.new_zeros(A.shape[0], length)
-        flow[:, start : start + A.shape[-1]] += torch.einsum("r,hrk->hk", weights[rows[part]].to(A), A)
+        flow[:, start : start + A.shape[-1]] += weights[rows[part]].to(A) @ A
     if flow is None:
         raise ValueError("weighted_flow needs at least one non-zero weight")
     return flow
