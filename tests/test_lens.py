@@ -261,7 +261,8 @@ def test_heads_with_large_shares_matter_to_the_answer():
     assert drops["top"] > drops["bottom"] + 1
 
 
-def test_the_page_runs_as_it_stands():
+def test_the_page_runs_as_it_stands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the page writes a report
     page = Path(__file__).parent.parent / "docs" / "transformer-lens.md"
     namespace: dict = {}
     for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
