@@ -162,6 +162,11 @@ class HETA(LayerMethod):
         if self.gate in (None, "uniform"):
             return gate(self.gate, [], target, n, spans), 0.0
         recorded = self._record(task, torch.arange(target.length))
+        if any(layer.z_gate is not None for layer in recorded.layers):
+            raise UnsupportedModelError(
+                f"HETA's gate weighs values by |v W_O|, but in {recorded.family} every query gates what its heads read, so "
+                "a value has no size of its own; use gate='uniform' or gate=None, or FlashTrace, which is exact here"
+            )
         weights = target.row_weights().cpu()
         return gate(self.gate, recorded.layers, target, n, spans), recorded.hop(weights).closure_error
 

@@ -267,3 +267,11 @@ def test_inside_the_callers_gradient_modes(model, mode):
     with mode():
         found = attribute(model)
     assert torch.equal(found.scores, expected.scores)
+
+
+def test_gated_heads_have_no_value_norm():
+    gated, ids = tiny("qwen3_next"), random_ids(10)
+    with pytest.raises(UnsupportedModelError, match="in qwen3_next every query gates what its heads read"):
+        HETA(gated, curvature=None).attribute_ids(ids, prompt_length=6, target=Span(9, 10))
+    found = HETA(gated, curvature=None, gate="uniform").attribute_ids(ids, prompt_length=6, target=Span(9, 10))
+    assert found.scores.sum() > 0

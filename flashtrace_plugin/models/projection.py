@@ -48,7 +48,7 @@ def _probed(projection: nn.Module, width: int, like: Tensor, name: str) -> tuple
     units = torch.eye(width + 1, width, dtype=like.dtype, device=like.device)
     z = torch.linspace(-1.5, 1.7, width, dtype=like.dtype, device=like.device)
     # One call, because kernels for low-bit weights treat a single row differently from many.
-    *rows, bias, seen = projection(torch.cat([units, z[None]])[None])[0]
+    *rows, bias, seen = projection(torch.cat([units, z[None]])[None])[0].detach()
     weight = torch.stack(rows) - bias
     _check_affine(
         seen.float(), z.float() @ weight.float() + bias.float(), weight.dtype, f"{name}: {_kind(projection)}"
