@@ -38,7 +38,6 @@ CURVATURES: dict[str, dict[str, Any]] = {
     "gradient squared": {"curvature": "gradient_squared"},
 }
 MASKS = ("zero", "mean", "pad")
-LOWER = ("RISE", "MAS")
 
 
 @dataclass(frozen=True)
@@ -151,13 +150,13 @@ def table(values: pd.DataFrame) -> str:
     lines = ["| variant | " + " | ".join(metrics) + " |", "|---" * (len(metrics) + 1) + "|"]
     for name, group in values.groupby("variant", sort=False):
         found = [bootstrap(group[metric]) for metric in metrics]
-        lines.append(f"| {name} | " + " | ".join(f"{e.mean:.2f} [{e.low:.2f}, {e.high:.2f}]" for e in found) + " |")
+        lines.append(f"| {name} | " + " | ".join(f"{e.mean:.3f} [{e.low:.3f}, {e.high:.3f}]" for e in found) + " |")
     return "\n".join(lines)
 
 
-def synthetic(samples: int, seeds: int, length: int) -> None:
+def synthetic(kinds: list[str], samples: int, seeds: int, length: int) -> None:
     model, tokenizer = reasoner.load()
-    for kind in KINDS:
+    for kind in kinds:
         rows: list[dict[str, Any]] = []
         for seed in range(seeds):
             found = cases(model, tokenizer, kind, length, seed)
@@ -210,12 +209,13 @@ def main(
     samples: Annotated[int, typer.Option(help="per task and seed")] = 5,
     seeds: int = 3,
     length: Annotated[int, typer.Option(help="tokens of a prompt at most")] = 96,
+    kind: Annotated[list[str] | None, typer.Option(help="a synthetic task; all by default")] = None,
     data: Annotated[Path | None, typer.Option(help="mixed paragraphs as JSON, instead of the synthetic tasks")] = None,
     model: Annotated[str, typer.Option(help="name or folder of the model that reads them")] = "",
     limit: Annotated[int, typer.Option(help="paragraphs to use")] = 100,
 ) -> None:
     if data is None:
-        synthetic(samples, seeds, length)
+        synthetic(kind or list(KINDS), samples, seeds, length)
     elif not model:
         raise typer.BadParameter("--data needs --model, a model that can read the paragraphs")
     else:

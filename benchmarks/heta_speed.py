@@ -33,7 +33,7 @@ from flashtrace_plugin.core.information import information, kl
 from flashtrace_plugin.core.windows import windows
 from flashtrace_plugin.heta_options import PRESETS
 from flashtrace_plugin.heta_terms import LARGEST_BATCH, WeightedTarget
-from flashtrace_plugin.models.memory import peak_memory, product_bytes
+from flashtrace_plugin.models.memory import graph_bytes, peak_memory, product_bytes
 from flashtrace_plugin.models.tails import Tails, twice_differentiable
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -202,7 +202,7 @@ def presets(length: int = 128, window: int = 64, last_layers: int = 2, width: in
 
 
 @app.command()
-def long(length: int = 2048, width: int = 512, layers: int = 8, rank: int = 64, vectors: int = 2) -> None:
+def long(length: int = 2048, width: int = 512, layers: int = 8, rank: int = 64, vectors: int = 1) -> None:
     """LR+WIN on a long text: the gate whole, the first window of the curvature and a batch of masked passes.
 
     The first window has the longest tail, so its products take the most memory; the time of all windows follows from
@@ -214,8 +214,9 @@ def long(length: int = 2048, width: int = 512, layers: int = 8, rank: int = 64, 
     gate = HETA(model, window=512, curvature=None, mask=None)
     gated = cpu_seconds(lambda: gate.attribute_ids(ids, prompt_length=length - 2, target=Span(length - 1, length)))
     bench = Bench(model, ids[:, :-1], 8, 1)
-    count = max(1, gate.memory_budget // product_bytes(model, length, 1))
-    with twice_differentiable(model):
+    recompute = graph_bytes(model, length) > gate.memory_budget
+    count = 1 if recompute else max(1, gate.memory_budget // product_bytes(model, length, 1))
+    with twice_differentiable(model, recompute=recompute):
         build = cpu_seconds(lambda: HessianProducts(bench.g, bench.X, 0))
         product = (cpu_seconds(lambda: bench.window(512, vectors, count)) - build) / (2 * vectors)
     masked = cpu_seconds(lambda: bench.masked(8)) / 8

@@ -25,7 +25,7 @@ from flashtrace_plugin.core.information import information
 from flashtrace_plugin.core.layer import Layer
 from flashtrace_plugin.core.windows import Window, window_mean
 from flashtrace_plugin.errors import InputError, UnsupportedModelError
-from flashtrace_plugin.models.memory import forward_bytes, product_bytes
+from flashtrace_plugin.models.memory import forward_bytes, graph_bytes, product_bytes
 from flashtrace_plugin.models.tails import Tails, twice_differentiable
 
 LARGEST_BATCH = {"cpu": 8}
@@ -161,16 +161,18 @@ class Terms:
             "gradient_squared": 0,
         }[how.kind]
         size = self.budget // product_bytes(self.model, self.target.length, len(self.target.weights))
-        with self._batches("curvature", size, products) as batches, _differentiable(self.model):
-            if how.kind == "gradient_squared":
-                S = gradient_squared(self._g, X)[: self.n]
-                return self._finite(S, "curvature")
-            self._check_second_derivative(X)
-            if how.kind == "low_rank":
-                S = window_mean(self.n, spans, within)
-            else:
-                probes = rademacher(how.probes, self.n, X.shape[1], generator=generator)
-                S = block_curvature(self._g, X, probes, batches=batches)
+        recompute = graph_bytes(self.model, self.target.length) > self.budget
+        with self._batches("curvature", 1 if recompute else size, products) as batches:
+            with _differentiable(self.model):
+                if how.kind == "gradient_squared":
+                    return self._finite(gradient_squared(self._g, X)[: self.n], "curvature")
+                self._check_second_derivative(X)
+            with _differentiable(self.model, recompute=recompute):
+                if how.kind == "low_rank":
+                    S = window_mean(self.n, spans, within)
+                else:
+                    probes = rademacher(how.probes, self.n, X.shape[1], generator=generator)
+                    S = block_curvature(self._g, X, probes, batches=batches)
         self.cost.hvps += batches.done
         return self._finite(S, "curvature")
 
@@ -223,10 +225,10 @@ class Terms:
 
 
 @contextmanager
-def _differentiable(model: PreTrainedModel) -> Iterator[None]:
+def _differentiable(model: PreTrainedModel, *, recompute: bool = False) -> Iterator[None]:
     """Eager attention and frozen parameters; what cannot be differentiated twice is named."""
     try:
-        with twice_differentiable(model):
+        with twice_differentiable(model, recompute=recompute):
             yield
     except RuntimeError as error:
         if out_of_memory(error):

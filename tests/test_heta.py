@@ -383,6 +383,18 @@ def test_windows_are_those_of_the_reference():
                 assert windows(n, size, overlap) == reference.windows(n, size, overlap)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_patterns_that_are_recomputed_give_the_same_curvature(family):
+    """With hardly any memory the patterns are formed again instead of kept, and vectors go one by one."""
+    model = small(family)
+
+    def S(budget: int) -> torch.Tensor:
+        heta = HETA(model, probes=2, gate=None, mask=None, memory_budget=budget, **QUIET)
+        return heta.attribute_ids(IDS, prompt_length=4, target=Span(*SPAN)).components["curvature"]
+
+    close(S(1), S(2 << 30), rtol=1e-3, atol=1e-5)
+
+
 def test_memory_budget_and_seed():
     model = small("llama")
 

@@ -44,16 +44,17 @@ class HessianProducts:
         """H v for each vector. vectors, result: [B, tail, d]"""
         if not self.gradient.requires_grad:  # g is linear
             return torch.zeros_like(vectors)
+        batched = len(vectors) > 1
         (products,) = torch.autograd.grad(
             self.gradient,
             self.tail,
-            vectors.to(self.tail),
+            (vectors if batched else vectors[0]).to(self.tail),
             retain_graph=True,
-            is_grads_batched=True,
+            is_grads_batched=batched,
             allow_unused=True,
             materialize_grads=True,
         )
-        return products
+        return products if batched else products[None]
 
 
 def block_curvature(g: Objective, X: Tensor, probes: Tensor, *, batches: Batches) -> Tensor:

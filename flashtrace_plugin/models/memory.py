@@ -19,14 +19,20 @@ def forward_bytes(model: PreTrainedModel, length: int, rows: int) -> int:
     return 4 * (one_block + 4 * rows * shape.vocabulary)
 
 
+def graph_bytes(model: PreTrainedModel, length: int) -> int:
+    """Memory of a gradient's graph, kept for second derivatives: three patterns and the activations of every layer."""
+    shape = _Shape(model)
+    return 4 * shape.layers * (length * (9 * shape.mlp_width + 9 * shape.width) + 3 * shape.heads * length**2)
+
+
 def product_bytes(model: PreTrainedModel, length: int, rows: int) -> int:
     """Working memory of one Hessian-vector product, the graph it shares with others not counted.
 
     Between the two halves of the backward pass every layer holds one pattern and a few activations per vector.
     """
     shape = _Shape(model)
-    one_block = length * (12 * shape.width + 4 * shape.mlp_width) + 2 * shape.heads * length**2
-    return 4 * (shape.layers * one_block + 4 * shape.heads * length**2 + 6 * rows * shape.vocabulary)
+    one_block = length * (8 * shape.width + 4 * shape.mlp_width) + shape.heads * length**2
+    return 4 * (shape.layers * one_block + 12 * shape.heads * length**2 + 6 * rows * shape.vocabulary)
 
 
 class _Shape:
