@@ -89,7 +89,9 @@ class Attribution:
         return "".join(self.tokens[span.slice])
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Attribution) and self.to_dict() == other.to_dict()
+        if not isinstance(other, Attribution):
+            return False
+        return all(_same(getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -123,11 +125,14 @@ class Attribution:
         """Reads what :meth:`save` wrote. Raises InputError for another kind of file."""
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise InputError(f"{path} is not JSON ({error}); expected a file written by Attribution.save") from error
         if not isinstance(data, dict):
             raise InputError(f"{path} holds no attribution; expected a file written by Attribution.save")
-        return cls.from_dict(data)
+        try:
+            return cls.from_dict(data)
+        except (TypeError, KeyError, AttributeError) as error:
+            raise InputError(f"{path} is not what Attribution.save writes ({error}); was it edited?") from error
 
     def to_html(self, path: str | Path) -> None:
         """Writes a report that opens in any browser without a network."""
@@ -150,13 +155,24 @@ _TENSORS = ("scores", "hop_scores", "reasoning_mass", "head_scores", "residual_s
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return value.tolist()
+        # Nested lists cannot tell [2, 0] from [2]; a tensor without numbers is its shape.
+        return value.tolist() if value.numel() else {"shape": list(value.shape)}
     if isinstance(value, Span):
         return [value.start, value.stop]
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
-    return list(value) if isinstance(value, tuple) else value
+    return [_plain(item) for item in value] if isinstance(value, (tuple, list)) else value
 
 
 def _tensor(value: Any) -> Tensor:
+    if isinstance(value, Mapping):
+        return torch.zeros(value["shape"])
     return torch.tensor(value, dtype=torch.float32)
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    return _plain(a) == _plain(b)

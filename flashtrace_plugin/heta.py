@@ -102,7 +102,7 @@ class HETA(LayerMethod):
         self.gate, self.mask = checked_choice("gate", gate, GATES), checked_choice("mask", mask, MASKS)
         self.mask_token = self._mask_token(mask_token)
         self.rescale = checked_choice("rescale", rescale, RESCALES)
-        self.hops, self.seed = checked_hops(hops), seed
+        self.hops, self.seed = checked_hops(hops), at_least("seed", seed, 0)
         self.memory_budget, self.progress = at_least("memory_budget", memory_budget, 1), progress
 
     @classmethod
@@ -164,8 +164,9 @@ class HETA(LayerMethod):
         recorded = self._record(task, torch.arange(target.length))
         if any(layer.z_gate is not None for layer in recorded.layers):
             raise UnsupportedModelError(
-                f"HETA's gate weighs values by |v W_O|, but in {recorded.family} every query gates what its heads read, so "
-                "a value has no size of its own; use gate='uniform' or gate=None, or FlashTrace, which is exact here"
+                f"HETA's gate weighs values by |v W_O|, but in {recorded.family} every query gates what its heads "
+                "read, so a value has no size of its own; use gate='uniform' or gate=None, or FlashTrace, which is "
+                "exact here"
             )
         weights = target.row_weights().cpu()
         return gate(self.gate, recorded.layers, target, n, spans), recorded.hop(weights).closure_error

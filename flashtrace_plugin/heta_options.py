@@ -34,9 +34,9 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 
 
 def checked_weight(name: str, value: float) -> float:
-    """The weight of a term. Raises InputError unless it is >= 0."""
-    if not value >= 0:
-        raise InputError(f"{name} must be >= 0, got {value}; 0 leaves the term out of the score")
+    """The weight of a term. Raises InputError unless it is a finite number >= 0."""
+    if not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+        raise InputError(f"{name} must be a finite number >= 0, got {value!r}; 0 leaves the term out of the score")
     return float(value)
 
 
@@ -54,7 +54,7 @@ def at_least(name: str, value: int, bound: int) -> int:
 
 def checked_overlap(value: float) -> float:
     """Raises InputError unless the overlap is a share below 1."""
-    if not 0 <= value < 1:
+    if not isinstance(value, (int, float)) or not 0 <= value < 1:
         raise InputError(
             f"overlap must be in [0, 1), got {value}; it is the share of a window that the next one repeats"
         )

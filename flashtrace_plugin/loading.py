@@ -90,7 +90,8 @@ def write(model: Any, tokenizer: Any, prompt: Prompt, max_new_tokens: int) -> To
     if not prompt:
         raise InputError("the prompt is empty; there is nothing to generate from")
     text, special = render(tokenizer, prompt)
-    inputs = tokenizer(text, add_special_tokens=special, return_tensors="pt").to(model.device)
+    encoded = tokenizer(text, add_special_tokens=special, return_tensors="pt")
+    inputs = {name: encoded[name].to(model.device) for name in ("input_ids", "attention_mask")}
     start = inputs["input_ids"].shape[1]
     with torch.no_grad():
         greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}

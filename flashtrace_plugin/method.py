@@ -15,7 +15,7 @@ from flashtrace_plugin.core.hop import Hop, closure_tolerance, one_hop, row_hops
 from flashtrace_plugin.core.layer import Layer
 from flashtrace_plugin.errors import ClosureError, InputError
 from flashtrace_plugin.models.source import source_for
-from flashtrace_plugin.spans import Span, check_spans
+from flashtrace_plugin.spans import Span, SpanLike, as_span, check_spans
 from flashtrace_plugin.text import Prompt, TokenizedText, from_ids, tokenize
 
 
@@ -59,8 +59,8 @@ class Method(ABC):
         prompt: Prompt,
         generation: str,
         *,
-        target: Span | str | None = None,
-        reasoning: Span | str | None = None,
+        target: SpanLike | str | None = None,
+        reasoning: SpanLike | str | None = None,
     ) -> Attribution:
         """Attributes a generated text to its prompt.
 
@@ -79,15 +79,19 @@ class Method(ABC):
         return self._attribute(text, where, through)
 
     def attribute_ids(
-        self, input_ids: Tensor, *, prompt_length: int, target: Span, reasoning: Span | None = None
+        self, input_ids: Tensor, *, prompt_length: int, target: SpanLike, reasoning: SpanLike | None = None
     ) -> Attribution:
         """Attributes a generated sequence of token ids.
 
         input_ids:     [N] or [1, N], prompt and generation
         prompt_length: number of prompt tokens
-        target:        positions to explain
+        target:        positions to explain, a Span or (start, stop)
         reasoning:     positions to follow importance through
         """
+        if not isinstance(prompt_length, int):
+            raise InputError(f"prompt_length must be a whole number of tokens, got {prompt_length!r}")
+        target = as_span("target", target)
+        reasoning = None if reasoning is None else as_span("reasoning", reasoning)
         ids = self.source.check_ids(torch.as_tensor(input_ids))[0].cpu()
         if self.tokenizer is None:
             labels = tuple(f"<{i}>" for i in ids.tolist())
@@ -99,8 +103,8 @@ class Method(ABC):
         prompts: Sequence[Prompt],
         generations: Sequence[str],
         *,
-        targets: Sequence[Span | str | None] | None = None,
-        reasonings: Sequence[Span | str | None] | None = None,
+        targets: Sequence[SpanLike | str | None] | None = None,
+        reasonings: Sequence[SpanLike | str | None] | None = None,
         progress: bool = False,
     ) -> list[Attribution]:
         """Attributes several texts, one after the other, with the numbers of :meth:`attribute`.
@@ -108,6 +112,8 @@ class Method(ABC):
         Sequences are not padded into one tensor: a sequence long enough to be worth explaining fills the device
         by itself, and padding would change what some families compute.
         """
+        if isinstance(prompts, str) or isinstance(generations, str):
+            raise InputError("attribute_batch takes lists of texts; pass one text to attribute")
         n = len(prompts)
         columns = [prompts, generations, targets or [None] * n, reasonings or [None] * n]
         if len({len(column) for column in columns}) != 1:

@@ -45,7 +45,7 @@ class FlashTrace(LayerMethod):
         self.hops = checked_hops(hops)
         self.recursion = one_of("recursion", recursion, RECURSIONS)
         self.positions = one_of("positions", positions, POSITIONS)
-        self.ignore = tuple(ignore)
+        self.ignore = checked_ignore(ignore)
 
     def settings(self) -> dict[str, Any]:
         return {
@@ -84,6 +84,16 @@ class FlashTrace(LayerMethod):
             texts = self._need_tokenizer().batch_decode([[i] for i in ids.tolist()])
             ignored |= torch.tensor([text.strip() in words for text in texts])
         return ignored
+
+
+def checked_ignore(ignore: Iterable[str | int]) -> tuple[str | int, ...]:
+    """Raises InputError unless it is a collection of texts and ids."""
+    tokens = () if isinstance(ignore, str) or not isinstance(ignore, Iterable) else tuple(ignore)
+    if (not tokens and ignore) or not all(isinstance(t, (str, int)) for t in tokens):
+        raise InputError(
+            f"ignore must be a list of tokens, as texts or ids, got {ignore!r}; for one token use [token]"
+        )
+    return tokens
 
 
 class IFR(LayerMethod):

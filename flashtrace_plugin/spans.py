@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import index
+from typing import Union
 
 from flashtrace_plugin.errors import SpanError
 
@@ -43,6 +45,24 @@ class Span:
     def overlaps(self, other: Span) -> bool:
         """Whether the two spans share a position."""
         return self.start < other.stop and other.start < self.stop
+
+
+SpanLike = Union[Span, "tuple[int, int]", slice]
+"""A Span, or how Python writes one: ``(start, stop)`` or ``slice(start, stop)``."""
+
+
+def as_span(name: str, value: SpanLike) -> Span:
+    """The value as a Span. Raises SpanError for what is not a range of positions."""
+    if isinstance(value, Span):
+        return value
+    parts = (value.start, value.stop) if isinstance(value, slice) and value.step in (None, 1) else value
+    try:
+        start, stop = (index(part) for part in parts)  # type: ignore[union-attr]
+    except (TypeError, ValueError):
+        raise SpanError(
+            f"{name} must be a Span(start, stop) of token positions, or (start, stop), got {value!r}"
+        ) from None
+    return Span(start, stop)
 
 
 def check_spans(length: int, prompt_length: int, target: Span, reasoning: Span | None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Union
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flashtrace_plugin.errors import InputError
-from flashtrace_plugin.spans import Chars, Span, find_parts, find_text, thinking_before, tokens_over
+from flashtrace_plugin.spans import Chars, Span, SpanLike, as_span, find_parts, find_text, thinking_before, tokens_over
 
 Prompt = Union[str, Sequence[Mapping[str, Any]]]
 """A text, or chat messages ``[{"role": "user", "content": "…"}, …]``."""
@@ -34,7 +34,7 @@ class TokenizedText:
     generation: str
     offsets: tuple[Chars, ...]
 
-    def locate(self, target: Span | str | None, reasoning: Span | str | None) -> tuple[Span, Span | None]:
+    def locate(self, target: SpanLike | str | None, reasoning: SpanLike | str | None) -> tuple[Span, Span | None]:
         """Target and reasoning as spans: given as such, as a piece of the generation, or found in it.
 
         With a target of the user's and no reasoning, the reasoning is the thinking that ends before that target.
@@ -54,11 +54,9 @@ class TokenizedText:
         token = span.start - self.prompt_length
         return self.offsets[token][0] if 0 <= token < len(self.offsets) else 0
 
-    def _span(self, name: str, where: Span | str) -> Span:
-        if isinstance(where, Span):
-            return where
+    def _span(self, name: str, where: SpanLike | str) -> Span:
         if not isinstance(where, str):
-            raise InputError(f"{name} must be a Span or a piece of the generation, got {where!r}")
+            return as_span(name, where)
         return self._over(name, find_text(self.generation, where, name))
 
     def _over(self, name: str, chars: Chars) -> Span:
@@ -76,6 +74,10 @@ def tokenize(tokenizer: Any, prompt: Prompt, generation: str) -> TokenizedText:
     """
     if not prompt:
         raise InputError("the prompt is empty; there is nothing to attribute to")
+    if not isinstance(generation, str):
+        raise InputError(
+            f"the generation must be a text, got {type(generation).__name__}; token ids go to attribute_ids"
+        )
     if not generation.strip():
         raise InputError("the generation is empty; there is nothing to explain")
     text, special = render(tokenizer, prompt)
@@ -117,12 +119,14 @@ def _without_offsets(tokenizer: Any, prompt_ids: list[int], generation: str) -> 
 
 def from_ids(tokenizer: Any, input_ids: Tensor, prompt_length: int) -> TokenizedText:
     """The same from token ids [N]: the generation's text is what its tokens decode to, piece by piece."""
-    parts = pieces(tokenizer, input_ids.tolist())
-    offsets, end = [], 0
-    for part in parts[prompt_length:]:
-        offsets.append((end, end + len(part)))
-        end += len(part)
-    return TokenizedText(input_ids, prompt_length, parts, "".join(parts[prompt_length:]), tuple(offsets))
+    ids = input_ids.tolist()
+    text, offsets = "", []
+    for run, added in _runs(tokenizer, ids[max(0, prompt_length - 1) :]):
+        # The prompt's last token is read along, because it decides how the first one behind it is written.
+        inside = range(max(run.start, min(prompt_length, 1)), run.stop)
+        offsets += [(len(text), len(text) + len(added))] * len(inside)
+        text += added if inside else ""
+    return TokenizedText(input_ids, prompt_length, pieces(tokenizer, ids), text, tuple(offsets))
 
 
 def render(tokenizer: Any, prompt: Prompt) -> tuple[str, bool]:
@@ -135,13 +139,51 @@ def render(tokenizer: Any, prompt: Prompt) -> tuple[str, bool]:
 
 
 def pieces(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:
-    """The text that each token adds after its predecessor, so that spaces are kept whoever marks them."""
+    """The text that each token adds after its predecessor, so that spaces are kept whoever marks them.
+
+    Where several tokens make up one character, the first has its text and the others have none.
+    """
+    parts: list[str] = []
+    for run, text in _runs(tokenizer, list(ids)):
+        parts += [text] + [""] * (run.stop - run.start - 1)
+    return tuple(parts)
+
+
+_LONGEST_RUN = 16
+"""Bytes of a few characters; what is no text after as many tokens never becomes one."""
+
+
+def _runs(tokenizer: Any, ids: list[int]) -> Iterator[tuple[slice, str]]:
+    """Tokens with the text they add. A run holds one token, or those that share a character of several bytes."""
+    parts, i = _single(tokenizer, ids), 0
+    while i < len(ids):
+        stop, text = i + 1, parts[i]
+        while _BROKEN in text and stop < min(len(ids), i + _LONGEST_RUN):
+            stop += 1
+            text = _added(tokenizer, ids[max(0, i - 1) : i], ids[i:stop])
+        if _BROKEN in text:
+            stop, text = i + 1, parts[i]
+        yield slice(i, stop), text
+        i = stop
+
+
+_BROKEN = "\N{REPLACEMENT CHARACTER}"
+
+
+def _added(tokenizer: Any, before: list[int], run: list[int]) -> str:
+    """What a run of tokens adds to the token before it."""
+    alone, both, own = tokenizer.batch_decode([before, before + run, run])
+    return both[len(alone) :] if both.startswith(alone) else own
+
+
+def _single(tokenizer: Any, ids: list[int]) -> list[str]:
+    """The same for each token by itself, in two calls of the tokenizer."""
     if not ids:
-        return ()
+        return []
     alone = tokenizer.batch_decode([[i] for i in ids])
     pairs = tokenizer.batch_decode([list(pair) for pair in pairwise(ids)])
     added = (
         pair[len(before) :] if pair.startswith(before) else own
         for pair, before, own in zip(pairs, alone[:-1], alone[1:], strict=True)
     )
-    return (alone[0], *added)
+    return [alone[0], *added]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -73,6 +74,23 @@ def test_foreign_files_are_refused(content, tmp_path):
     path.write_text(content)
     with pytest.raises(InputError, match=r"expected|not an attribution"):
         Attribution.load(path)
+
+
+def test_empty_tensors_and_nan_survive_the_round_trip(result, tmp_path):
+    odd = dataclasses.replace(result, components={"none": torch.zeros(2, 0, 5), "nan": torch.tensor([1.0, torch.nan])})
+    odd.save(tmp_path / "a.json")
+    loaded = Attribution.load(tmp_path / "a.json")
+    assert loaded == odd and loaded.components["none"].shape == (2, 0, 5)
+    assert loaded != result
+
+
+def test_files_of_other_encodings_and_edited_files_are_refused(result, tmp_path):
+    (tmp_path / "a.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="is not JSON"):
+        Attribution.load(tmp_path / "a.json")
+    (tmp_path / "a.json").write_text(json.dumps(result.to_dict() | {"prompt": 3}))
+    with pytest.raises(InputError, match="was it edited"):
+        Attribution.load(tmp_path / "a.json")
 
 
 def test_a_file_that_was_cut_off_is_refused(result, tmp_path):

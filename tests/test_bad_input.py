@@ -113,6 +113,35 @@ def test_a_target_of_ignored_tokens_is_refused():
         FlashTrace(tiny("llama"), ignore=IDS.tolist()).attribute_ids(IDS, **SPANS)
 
 
+@pytest.mark.parametrize("target", [3, "x", 1.5, slice(1, 9, 2), (1, 2, 3), (1.0, 2.0)])
+def test_what_is_not_a_span_is_refused(target):
+    with pytest.raises(SpanError, match=r"target must be a Span\(start, stop\)"):
+        FlashTrace(tiny("llama")).attribute_ids(IDS, prompt_length=8, target=target)
+
+
+def test_python_ranges_are_spans():
+    method = FlashTrace(tiny("llama"))
+    expected = method.attribute_ids(IDS, **SPANS)
+    assert method.attribute_ids(IDS, prompt_length=8, target=(15, 18), reasoning=slice(9, 14)) == expected
+
+
+def test_a_prompt_length_is_a_whole_number():
+    with pytest.raises(InputError, match=r"prompt_length must be a whole number of tokens, got 8\.0"):
+        FlashTrace(tiny("llama")).attribute_ids(IDS, prompt_length=8.0, target=Span(15, 18))
+
+
+@pytest.mark.parametrize("ignore", ["the", [1.5], 5])
+def test_ignore_is_a_list_of_tokens(ignore):
+    with pytest.raises(InputError, match="ignore must be a list of tokens"):
+        FlashTrace(tiny("llama"), ignore=ignore)
+
+
+def test_mpt_names_its_positions_otherwise():
+    config = transformers.MptConfig(vocab_size=512, d_model=16, n_heads=2, n_layers=1, max_seq_len=16)
+    with pytest.raises(InputError, match="the sequence has 20 tokens, the model has 16 positions"):
+        FlashTrace(transformers.MptForCausalLM(config)).attribute_ids(IDS, **SPANS)
+
+
 def test_an_encoder_decoder_is_refused():
     config = transformers.T5Config(d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2, vocab_size=50)
     with pytest.raises(UnsupportedModelError, match="encoder-decoder"):

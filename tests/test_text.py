@@ -57,7 +57,8 @@ def test_spans_are_passed_through(tokenizer):
     text = tokenize(tokenizer, PROMPT, GENERATION)
     n, p = len(text.input_ids), text.prompt_length
     assert text.locate(Span(n - 2, n), Span(p, p + 3)) == (Span(n - 2, n), Span(p, p + 3))
-    with pytest.raises(InputError, match="must be a Span or a piece"):
+    assert text.locate((n - 2, n), slice(p, p + 3)) == (Span(n - 2, n), Span(p, p + 3))
+    with pytest.raises(SpanError, match=r"target must be a Span\(start, stop\) of token positions"):
         text.locate(3, None)
 
 
@@ -65,6 +66,22 @@ def test_ids_give_the_same_text_as_the_text_itself(tokenizer):
     text = tokenize(tokenizer, PROMPT, GENERATION)
     again = from_ids(tokenizer, text.input_ids, text.prompt_length)
     assert again.generation == GENERATION and again.locate(None, None) == text.locate(None, None)
+
+
+@pytest.mark.parametrize("piece", ["東京", "🙂", "café"])
+def test_characters_of_several_tokens_stay_whole(tokenizer, piece):
+    generation = "<think>é is a cafe</think> 東京 🙂 done café"
+    text = tokenize(tokenizer, "Où est 東?", generation)
+    again = from_ids(tokenizer, text.input_ids, text.prompt_length)
+    assert "".join(text.tokens) == "Où est 東?" + generation and again.generation == generation
+    assert again.offsets == text.offsets
+    assert again.locate(piece, None) == text.locate(piece, None)
+    assert "".join(text.tokens[text.locate(piece, None)[0].slice]).strip() == piece
+
+
+def test_a_text_cut_inside_a_character_is_kept_up_to_it(tokenizer):
+    ids = tokenizer("4 東")["input_ids"][:-1]
+    assert from_ids(tokenizer, torch.tensor(ids), 1).generation.startswith(" ")
 
 
 def test_a_boundary_inside_a_token_keeps_the_prompt_the_model_saw(tokenizer):
@@ -130,6 +147,10 @@ def test_attribute_explains_a_text_and_attribute_batch_does_the_same(tokenizer):
     assert batch[0] == one and batch[1].reasoning is None
     with pytest.raises(InputError, match=r"equally long, got \[2, 1, 2, 2\]"):
         method.attribute_batch([PROMPT, PROMPT], [GENERATION])
+    with pytest.raises(InputError, match="takes lists of texts"):
+        method.attribute_batch("ab", "cd")
+    with pytest.raises(InputError, match="must be a text, got NoneType"):
+        method.attribute(PROMPT, None)
 
 
 def test_texts_need_a_tokenizer_and_spans_must_fit():

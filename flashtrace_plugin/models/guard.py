@@ -89,7 +89,7 @@ def _check_unpadded(model: PreTrainedModel, ids: Tensor) -> None:
 def position_limit(model: PreTrainedModel) -> int | None:
     """Number of positions the model was made for, where the configuration states one."""
     config = model.config.get_text_config()
-    for name in ("max_position_embeddings", "n_positions"):
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
         limit = getattr(config, name, None)
         if limit is not None:
             return int(limit)
