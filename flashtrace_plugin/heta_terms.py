@@ -76,7 +76,7 @@ class WeightedTarget:
 class Cost:
     """What a result took.
 
-    forwards: sequences, or tails of them, run forward
+    forwards: sequences, or tails of them, run forward for the terms; not the gate's pass, the prefix and its check
     hvps:     Hessian-vector products
     halved:   how often a batch was halved because memory ran out
     """

@@ -99,7 +99,7 @@ def test_presets_and_options(model):
     assert found.info["attribution_args"] == {"target": "red.", "preset": "GS", "gate": None, "mask": None}
     with pytest.raises(InputError, match="preset must be one of 'full', 'LR'"):
         model.attribute(PROMPT, TEXT, preset="fast")
-    with pytest.raises(InputError, match="beta must be >= 0, got -1"):
+    with pytest.raises(InputError, match="beta must be a finite number >= 0, got -1"):
         model.attribute(PROMPT, TEXT, beta=-1.0)
 
 
