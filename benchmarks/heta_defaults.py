@@ -195,7 +195,8 @@ def mixed_paragraph(tokenizer: Any, example: Mapping[str, Any], options: Mapping
 def paragraphs(data: Path, name: str, limit: int) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(name).eval(), AutoTokenizer.from_pretrained(name)
+    model = AutoModelForCausalLM.from_pretrained(name, use_safetensors=True).eval()
+    tokenizer = AutoTokenizer.from_pretrained(name)
     examples = json.loads(data.read_text(encoding="utf-8"))["examples"][:limit]
     print("| variant | DSA |\n|---|---|")
     for gate in ("flow", "per_head"):

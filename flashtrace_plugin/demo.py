@@ -50,10 +50,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 def explain(sample: Sample) -> Attribution:
     """Lets the reasoner answer and explains the answer, both through Inseq."""
+    import flashtrace_inseq  # first, because it says what to install where Inseq is missing
+
+    # isort: split
     import inseq
     from transformers import logging
-
-    import flashtrace_inseq
 
     logging.disable_progress_bar()
     model: Any = inseq.load_model(str(reasoner.path()), "flashtrace")

@@ -105,7 +105,8 @@ def find_parts(generation: str) -> tuple[Chars, Chars | None]:
     answer = _narrowed(generation, begin)
     target = trim(generation, answer or (begin, len(generation)))
     if target is None:
-        raise SpanError("nothing follows the reasoning, so there is no target; pass target=... to choose one")
+        what = "the answer's tag is empty" if answer else "nothing follows the reasoning"
+        raise SpanError(f"{what}, so there is no target; pass target=... to choose one")
     if answer and begin == 0:
         reasoning = trim(generation, (0, _tag_start(generation, answer[0])))
     return target, reasoning

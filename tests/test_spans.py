@@ -37,7 +37,10 @@ def test_reasoning_and_answer_are_found(text, target, reasoning):
     assert parts(text) == (target, reasoning)
 
 
-@pytest.mark.parametrize("text", ["<think> still going", "<think>a</think>", "<think>a</think>  \n"])
+@pytest.mark.parametrize(
+    "text",
+    ["<think> still going", "<think>a</think>", "<think>a</think>  \n", "<think>a</think><answer> </answer> b"],
+)
 def test_a_generation_without_an_answer_is_refused_with_the_remedy(text):
     with pytest.raises(SpanError, match="pass target="):
         find_parts(text)
