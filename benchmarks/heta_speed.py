@@ -31,8 +31,8 @@ from flashtrace_plugin.core.curvature import (
 )
 from flashtrace_plugin.core.information import information, kl
 from flashtrace_plugin.core.windows import windows
-from flashtrace_plugin.heta_options import PRESETS
-from flashtrace_plugin.heta_terms import LARGEST_BATCH, WeightedTarget
+from flashtrace_plugin.heta import PRESETS
+from flashtrace_plugin.heta.terms import LARGEST_BATCH, WeightedTarget
 from flashtrace_plugin.models.memory import graph_bytes, peak_memory, product_bytes
 from flashtrace_plugin.models.tails import Tails, twice_differentiable
 

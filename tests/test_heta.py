@@ -18,8 +18,8 @@ from flashtrace_plugin.core.curvature import (
 from flashtrace_plugin.core.gate import flow_mass, per_head_mass
 from flashtrace_plugin.core.information import information
 from flashtrace_plugin.core.windows import windows
-from flashtrace_plugin.heta_options import ABLATIONS, PRESETS
-from flashtrace_plugin.heta_terms import WeightedTarget, mask_vector
+from flashtrace_plugin.heta import ABLATIONS, PRESETS
+from flashtrace_plugin.heta.terms import WeightedTarget, mask_vector
 from flashtrace_plugin.models.capture import capture
 from flashtrace_plugin.models.tails import Tails, twice_differentiable
 from tests.reference import heta as reference

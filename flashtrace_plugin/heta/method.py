@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from flashtrace_plugin.core.recursion import recurse
 from flashtrace_plugin.core.windows import Window, windows
 from flashtrace_plugin.errors import InputError, UnsupportedModelError
-from flashtrace_plugin.heta_options import (
+from flashtrace_plugin.heta.options import (
     CURVATURES,
     GATES,
     MASKS,
@@ -31,7 +31,7 @@ from flashtrace_plugin.heta_options import (
     checked_overlap,
     checked_weight,
 )
-from flashtrace_plugin.heta_terms import Cost, Curvature, Gate, Terms, WeightedTarget, gate, mask_vector
+from flashtrace_plugin.heta.terms import Cost, Curvature, Gate, Terms, WeightedTarget, gate, mask_vector
 from flashtrace_plugin.method import LayerMethod, Task, checked_hops, one_of
 from flashtrace_plugin.models.guard import evaluating
 from flashtrace_plugin.models.memory import peak_memory
