@@ -78,7 +78,8 @@ _MODEL, _TEXT, _METHOD = "Model", "Text", "Method"
 @app.command()
 def attribute(
     model: Annotated[
-        str, typer.Option(help="Folder or hub name; 'reasoner' is the bundled model.", rich_help_panel=_MODEL)
+        str,
+        typer.Option(help="Folder, hub name or .gguf file; 'reasoner' is the bundled model.", rich_help_panel=_MODEL),
     ] = "reasoner",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.", rich_help_panel=_MODEL)] = "auto",
     device: Annotated[

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,8 @@ def load(
 ) -> tuple[Any, Any]:
     """A causal language model in evaluation mode, and its tokenizer.
 
-    name:              a folder, a name on the Hugging Face hub, or "reasoner" for the bundled model
-    dtype:             "auto" (as the weights are stored), "float32", "bfloat16" or "float16"
+    name:              a folder, a name on the Hugging Face hub, a GGUF file, or "reasoner" for the bundled model
+    dtype:             "auto" (as stored; float32 for quantised GGUF), "float32", "bfloat16" or "float16"
     device:            as torch names it; by default an accelerator if there is one
     trust_remote_code: runs code that comes with the model
     allow_pickle:      also reads weights that are not safetensors; such files can run code
@@ -35,22 +37,59 @@ def load(
 
     logging.disable_progress_bar()
     where = checked_device(device)
-    path = _bundled() if name == REASONER else _checked_folder(name)
+    path, file = _source(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(path, **file, trust_remote_code=trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(
             path,
+            **file,
+            **_unpacked(file),
             dtype=dtype,
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
             use_safetensors=None if allow_pickle else True,
         )
-    except (OSError, ValueError) as error:
+    except _UNREADABLE as error:
         raise InputError(
-            f"cannot load the model {name!r}: {str(error).strip().splitlines()[0]} "
-            "(give a folder with a causal language model and its tokenizer, or a name on the Hugging Face hub)"
+            f"cannot load the model {name!r}: {str(error).strip().splitlines()[0]} (give a folder with a causal "
+            "language model and its tokenizer, a GGUF file, or a name on the Hugging Face hub)"
         ) from error
     return model.to(where).eval(), tokenizer
+
+
+_UNREADABLE = (OSError, ValueError, struct.error)
+"""What transformers raises for a model that is not one; struct.error comes from a GGUF file that was cut off."""
+
+
+def _source(name: str) -> tuple[str | Path, dict[str, str]]:
+    """Where the model is, and the file in that folder if one file is all of it."""
+    if name == REASONER:
+        return _bundled(), {}
+    if name.endswith(".gguf"):
+        path = _checked_gguf(name)
+        return path.parent, {"gguf_file": path.name}
+    return _checked_folder(name), {}
+
+
+def _checked_gguf(name: str) -> Path:
+    """The file. Raises InputError if it is not there or the package that reads it is missing."""
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise InputError(f"cannot load the model {name!r}: there is no such file")
+    if find_spec("gguf") is None:
+        raise InputError(
+            f"cannot load the model {name!r}: GGUF files need the package gguf; pip install 'flashtrace-plugin[gguf]'"
+        )
+    return path
+
+
+def _unpacked(file: dict[str, str]) -> dict[str, Any]:
+    """Asks for dense weights: kernels for packed ones have no second derivative. Older transformers have no other."""
+    import transformers
+
+    if not file or not hasattr(transformers, "GgufConfig"):
+        return {}
+    return {"quantization_config": transformers.GgufConfig(dequantize=True)}
 
 
 def _bundled() -> Path:
