@@ -2,7 +2,9 @@
 
     python benchmarks/heta_speed.py loop --length 128      GPT-2 shape, random weights
     python benchmarks/heta_speed.py presets                every preset in forward passes of the model
-    python benchmarks/heta_speed.py long                   2,048 tokens with LR+WIN: memory, and time from a sample
+    python benchmarks/heta_speed.py throughput             the information term against plain batched forward passes
+    python benchmarks/heta_speed.py products               two ways to take Hessian products
+    python benchmarks/heta_speed.py long                   2,048 tokens with LR+WIN, to the end: hours
 
 Times are CPU seconds of this process, so that other work on the machine does not count; the unit is the model's own
 forward pass of the same text in the same run. The loop is timed on a sample of tokens spread over the text and scaled
@@ -30,10 +32,8 @@ from flashtrace_plugin.core.curvature import (
     rademacher,
 )
 from flashtrace_plugin.core.information import information, kl
-from flashtrace_plugin.core.windows import windows
 from flashtrace_plugin.heta import PRESETS
 from flashtrace_plugin.heta.terms import LARGEST_BATCH, WeightedTarget
-from flashtrace_plugin.models.memory import graph_bytes, peak_memory, product_bytes
 from flashtrace_plugin.models.tails import Tails, twice_differentiable
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -133,14 +133,15 @@ class Bench:
         return self.target.log_prob(self.tails.log_probs(tail[None], start)[0])
 
     def information(self) -> tuple[str, float, float]:
-        tokens, zero = _spread(self.n, self.sample), torch.zeros(self.X.shape[1])
-
-        def ours() -> None:
-            with torch.no_grad():
-                information(self.tails.log_probs, self.X, zero, torch.ones(1), length=self.n, batches=_batches())
-
+        tokens = _spread(self.n, self.sample)
         each = cpu_seconds(lambda: self.slow.information(tokens)) / (self.sample + 1)
-        return "information", each * self.n, cpu_seconds(ours)
+        return "information", each * self.n, cpu_seconds(self.masked)
+
+    def masked(self) -> None:
+        """Our information term."""
+        with torch.no_grad():
+            zero = torch.zeros(self.X.shape[1])
+            information(self.tails.log_probs, self.X, zero, torch.ones(1), length=self.n, batches=_batches())
 
     def curvature(self, rank: int) -> Iterator[tuple[str, float, float]]:
         vectors = torch.randn(self.sample, *self.X.shape)
@@ -153,16 +154,6 @@ class Bench:
         build = cpu_seconds(lambda: HessianProducts(self.g, self.X, 0))
         few = cpu_seconds(lambda: self._low_rank(8)) - build
         yield f"low rank {rank} against full by the loop", loop, build + few * (rank + OVERSAMPLING) / 8
-
-    def window(self, size: int, k: int, count: int) -> None:
-        """A low-rank Hessian of the first tokens, from few test vectors."""
-        omega = torch.randn(k, size, self.X.shape[1])
-        low_rank_curvature(self.g, self.X, omega, self._signs(size), batches=Batches(count))
-
-    def masked(self, tokens: int) -> None:
-        with torch.no_grad():
-            zero = torch.zeros(self.X.shape[1])
-            information(self.tails.log_probs, self.X, zero, torch.ones(1), length=tokens, batches=_batches())
 
     def _group(self, start: int, tokens: int) -> None:
         """The full curvature of neighbours that share a graph."""
@@ -202,33 +193,71 @@ def presets(length: int = 128, window: int = 64, last_layers: int = 2, width: in
 
 
 @app.command()
-def long(length: int = 2048, width: int = 512, layers: int = 8, rank: int = 64, vectors: int = 1) -> None:
-    """LR+WIN on a long text: the gate whole, the first window of the curvature and a batch of masked passes.
-
-    The first window has the longest tail, so its products take the most memory; the time of all windows follows from
-    its graph, its products and the length of the other tails.
-    """
+def long(
+    length: int = 2048, width: int = 512, layers: int = 8, preset: str = "LR+WIN", rank: int | None = None
+) -> None:
+    """The whole of one preset on a long text, hours on a CPU: seconds, and the most memory ever resident."""
     model = llama_shape(width, layers, 8192)
     ids = torch.randint(0, 8192, (1, length), generator=torch.Generator().manual_seed(0))
     forward = forward_seconds(model, ids)
-    gate = HETA(model, window=512, curvature=None, mask=None)
-    gated = cpu_seconds(lambda: gate.attribute_ids(ids, prompt_length=length - 2, target=Span(length - 1, length)))
-    bench = Bench(model, ids[:, :-1], 8, 1)
-    recompute = graph_bytes(model, length) > gate.memory_budget
-    count = 1 if recompute else max(1, gate.memory_budget // product_bytes(model, length, 1))
-    with twice_differentiable(model, recompute=recompute):
-        build = cpu_seconds(lambda: HessianProducts(bench.g, bench.X, 0))
-        product = (cpu_seconds(lambda: bench.window(512, vectors, count)) - build) / (2 * vectors)
-    masked = cpu_seconds(lambda: bench.masked(8)) / 8
-    tails = [(length - a) / length for a, _ in windows(length - 1, 512)]
-    products = 2 * (rank + OVERSAMPLING)
-    whole = gated + sum(tails) * (build + products * product) + length / 2 * masked
-    memory = (peak_memory(torch.device("cpu")) or 0) / 2**30
+    print(f"llama shape d = {width}, {layers} layers, N = {length}: one forward pass {forward:.1f} s", flush=True)
+    heta = HETA.preset(model, None, preset, **({} if rank is None else {"rank": rank}))
+    began = time.process_time()
+    found = heta.attribute_ids(ids[0], prompt_length=length - 2, target=Span(length - 1, length))
+    seconds, cost = time.process_time() - began, found.settings
+    worth, peak = seconds / forward, cost["peak_memory_bytes"] / 2**30
+    print(f"{preset}: {cost['hvps']} products, {cost['forwards']} forward passes of tails")
     print(
-        f"llama shape d = {width}, {layers} layers, N = {length}: one forward pass {forward:.1f} s, gate {gated:.1f} s"
+        f"{seconds:.0f} CPU seconds ({worth:.0f} forward passes), {cost['seconds']:.0f} s, peak memory {peak:.2f} GiB"
     )
-    print(f"first window: graph {build:.1f} s, product {product:.1f} s, {count} at once; masked pass {masked:.2f} s")
-    print(f"peak memory {memory:.1f} GiB; {len(tails)} windows of {products} products: about {whole:.0f} s in all")
+
+
+@app.command()
+def throughput(length: int = 256, width: int = 512, layers: int = 8, batch: int = 8) -> None:
+    """The information term against the model's own forward pass of as many texts, in batches."""
+    model = llama_shape(width, layers, 8192)
+    ids = torch.randint(0, 8192, (1, length), generator=torch.Generator().manual_seed(0))
+    _, ours = _after_warming(Bench(model, ids, 1, 1).masked)
+    many = ids.expand(batch, -1)
+
+    def plain() -> None:
+        with torch.no_grad():
+            model(many, use_cache=False, logits_to_keep=1)
+
+    each = min(cpu_seconds(plain) for _ in range(3)) / batch
+    print(f"llama shape d = {width}, {layers} layers, N = {length}, batches of {batch}: CPU seconds")
+    print(f"information term {ours:.2f}, {length} texts forward {each * length:.2f}: ratio {ours / each / length:.2f}")
+
+
+@app.command()
+def products(length: int = 128, layers: int = 4, count: int = 32) -> None:
+    """Hessian products by a second backward pass against forward-over-reverse, vmapped; GPT-2's shape."""
+    model = gpt2_shape(layers)
+    ids = torch.randint(0, 50000, (1, length), generator=torch.Generator().manual_seed(0))
+    with twice_differentiable(model):
+        bench = Bench(model, ids, 1, 1)
+        vectors = torch.randn(count, *bench.X.shape, generator=torch.Generator().manual_seed(0))
+        ours = HessianProducts(bench.g, bench.X, 0)
+
+        def forward_over_reverse(part: Tensor) -> Tensor:
+            gradient = torch.func.grad(lambda X: bench.g(X, 0))
+            return torch.func.vmap(lambda v: torch.func.jvp(gradient, (bench.X,), (v,))[1])(part)
+
+        print("| at once | forward-over-reverse, s each | here, s each | largest difference |\n|---|---|---|---|")
+        for size in (1, 8, 32):
+            part = vectors[:size]
+            a, theirs = _after_warming(lambda part=part: forward_over_reverse(part))
+            b, mine = _after_warming(lambda part=part: ours(part))
+            print(
+                f"| {size} | {theirs / size:.3f} | {mine / size:.3f} | {float((a - b).abs().max() / b.abs().max()):.1e} |"
+            )
+
+
+def _after_warming(run: Callable[[], Any]) -> tuple[Any, float]:
+    """What the second run gives, and its CPU seconds."""
+    run()
+    began = time.process_time()
+    return run(), time.process_time() - began
 
 
 if __name__ == "__main__":

@@ -18,8 +18,9 @@ from flashtrace_plugin.core.curvature import (
 from flashtrace_plugin.core.gate import flow_mass, per_head_mass
 from flashtrace_plugin.core.information import information
 from flashtrace_plugin.core.windows import windows
-from flashtrace_plugin.heta import ABLATIONS, PRESETS
+from flashtrace_plugin.heta import ABLATIONS, PRESETS, terms
 from flashtrace_plugin.heta.terms import WeightedTarget, mask_vector
+from flashtrace_plugin.models import blockwise, tails
 from flashtrace_plugin.models.capture import capture
 from flashtrace_plugin.models.tails import Tails, twice_differentiable
 from tests.reference import heta as reference
@@ -383,16 +384,42 @@ def test_windows_are_those_of_the_reference():
                 assert windows(n, size, overlap) == reference.windows(n, size, overlap)
 
 
+@pytest.mark.parametrize("rows", [1, 3, 100])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_patterns_that_are_recomputed_give_the_same_curvature(family):
-    """With hardly any memory the patterns are formed again instead of kept, and vectors go one by one."""
+def test_patterns_formed_again_by_blocks_give_the_same_curvature(family, rows, monkeypatch):
+    """With hardly any memory attention runs by blocks of queries, and vectors go one by one."""
+    monkeypatch.setattr(blockwise, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(blockwise, "MIN_BLOCK_ROWS", rows)
     model = small(family)
 
-    def S(budget: int) -> torch.Tensor:
-        heta = HETA(model, probes=2, gate=None, mask=None, memory_budget=budget, **QUIET)
+    def S(budget: int, curvature: str) -> torch.Tensor:
+        heta = HETA(model, curvature=curvature, rank=4, probes=2, gate=None, mask=None, memory_budget=budget, **QUIET)
         return heta.attribute_ids(IDS, prompt_length=4, target=Span(*SPAN)).components["curvature"]
 
-    close(S(1), S(2 << 30), rtol=1e-3, atol=1e-5)
+    for curvature in ("full", "low_rank", "gradient_squared"):
+        close(S(1, curvature), S(2 << 30, curvature), rtol=1e-3, atol=1e-5)
+
+
+def test_long_texts_are_differentiated_by_blocks_on_a_cpu(monkeypatch):
+    names = []
+    monkeypatch.setattr(terms, "KEPT_PATTERNS", {"cpu": SPAN[1] - 2})
+    monkeypatch.setattr(tails, "register", lambda: names.append("blockwise") or blockwise.register())
+    HETA(small("llama"), probes=1, mask=None, **QUIET).attribute_ids(IDS, prompt_length=4, target=Span(*SPAN))
+    assert names == ["blockwise"]
+
+
+def test_blocks_read_no_keys_beyond_their_mask(monkeypatch):
+    """Queries 4 and 5 of a window of three read keys 2 to 5."""
+    monkeypatch.setattr(blockwise, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(blockwise, "MIN_BLOCK_ROWS", 2)
+    i, j = torch.arange(6)[:, None], torch.arange(6)
+    allowed = (j <= i) & (j > i - 3)
+    q = torch.zeros(1, 2, 6, 4)
+    for mask in (allowed[None, None], torch.zeros(1, 1, 6, 6).masked_fill(~allowed, torch.finfo(torch.float32).min)):
+        blocks = blockwise.Layer(torch.nn.Identity(), q, q, mask, (), {}).blocks
+        assert [b.keys for b in blocks] == [slice(0, 2), slice(0, 4), slice(2, 6)]
+    free = blockwise.Layer(torch.nn.Identity(), q, q, None, (), {}).blocks
+    assert [b.keys for b in free] == [slice(0, 6)] * 3
 
 
 def test_memory_budget_and_seed():

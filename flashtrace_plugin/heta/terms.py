@@ -32,6 +32,13 @@ LARGEST_BATCH = {"cpu": 8}
 """Most items at once by device, 64 elsewhere. All of a batch run the tail of its first item, so large ones waste work
 where small ones already keep the processor busy."""
 
+KEPT_PATTERNS = {"cpu": 512}
+"""Longest text by device whose patterns are kept for second derivatives if they fit; elsewhere memory alone decides.
+On a CPU longer ones no longer stay in cache, and forming them again by blocks is faster."""
+
+CHECKED_TOKENS = 64
+"""Tokens at the end of the text on which second derivatives are compared with finite differences."""
+
 BAR_DELAY = 5.0
 """Seconds before a progress bar appears."""
 
@@ -139,42 +146,47 @@ class Terms:
         self.model, self.target, self.n = model, target, n
         self.budget, self.progress, self.cost = budget, progress, cost
         self.tails = Tails(model, target.input_ids, len(target.weights), last_layers=last_layers)
+        self.X = self.tails.embeddings if self.tails.hidden is None else self.tails.hidden
 
     def curvature(self, how: Curvature, spans: list[Window]) -> Tensor:
-        """S over the first n positions. result: [n], float32
-
-        A token's own block of H, and its gradient, do not depend on the window; a low-rank Hessian does.
-        """
-        X = self.tails.embeddings if self.tails.hidden is None else self.tails.hidden
-        generator = torch.Generator().manual_seed(how.seed)
+        """S over the first n positions. result: [n], float32"""
         k = how.rank + OVERSAMPLING
+        products = {
+            "full": self.n * how.probes,
+            "low_rank": sum(2 * min(k, (b - a) * self.X.shape[1]) for a, b in spans),
+            "gradient_squared": 0,
+        }[how.kind]
+        blockwise = self._blockwise()
+        size = 1 if blockwise else self.budget // product_bytes(self.model, len(self.X), len(self.target.weights))
+        with self._batches("curvature", size, products) as batches:
+            if products:
+                self._check_second_derivative()
+            with _differentiable(self.model, blockwise=blockwise):
+                S = self._estimate(how, spans, batches)
+        self.cost.hvps += batches.done
+        return self._finite(S, "curvature")
+
+    def _estimate(self, how: Curvature, spans: list[Window], batches: Batches) -> Tensor:
+        """A token's own block of H, and its gradient, do not depend on the window; a low-rank Hessian does."""
+        X, generator = self.X, torch.Generator().manual_seed(how.seed)
 
         def within(a: int, b: int) -> Tensor:
             size, width = b - a, X.shape[1]
-            omega = torch.randn(min(k, size * width), size, width, generator=generator)
+            omega = torch.randn(min(how.rank + OVERSAMPLING, size * width), size, width, generator=generator)
             probes = rademacher(how.probes, size, width, generator=generator)
             return low_rank_curvature(self._g, X, omega, probes, start=a, batches=batches)
 
-        products = {
-            "full": self.n * how.probes,
-            "low_rank": sum(2 * min(k, (b - a) * X.shape[1]) for a, b in spans),
-            "gradient_squared": 0,
-        }[how.kind]
-        size = self.budget // product_bytes(self.model, self.target.length, len(self.target.weights))
-        recompute = graph_bytes(self.model, self.target.length) > self.budget
-        with self._batches("curvature", 1 if recompute else size, products) as batches:
-            with _differentiable(self.model):
-                if how.kind == "gradient_squared":
-                    return self._finite(gradient_squared(self._g, X)[: self.n], "curvature")
-                self._check_second_derivative(X)
-            with _differentiable(self.model, recompute=recompute):
-                if how.kind == "low_rank":
-                    S = window_mean(self.n, spans, within)
-                else:
-                    probes = rademacher(how.probes, self.n, X.shape[1], generator=generator)
-                    S = block_curvature(self._g, X, probes, batches=batches)
-        self.cost.hvps += batches.done
-        return self._finite(S, "curvature")
+        if how.kind == "gradient_squared":
+            return gradient_squared(self._g, X)[: self.n]
+        if how.kind == "low_rank":
+            return window_mean(self.n, spans, within)
+        probes = rademacher(how.probes, self.n, X.shape[1], generator=generator)
+        return block_curvature(self._g, X, probes, batches=batches)
+
+    def _blockwise(self) -> bool:
+        """Whether patterns are formed again by blocks of queries instead of kept: too large, or slower to read."""
+        longest = KEPT_PATTERNS.get(self.X.device.type, len(self.X))
+        return len(self.X) > longest or graph_bytes(self.model, len(self.X)) > self.budget
 
     def information(self, replacement: Tensor) -> Tensor:
         """I over the first n positions, in nats. replacement: [d]; result: [n], float32"""
@@ -191,8 +203,11 @@ class Terms:
             )
         return self._finite(values, "information")
 
-    def _check_second_derivative(self, X: Tensor) -> None:
-        gap = second_derivative_gap(self._g, X)
+    def _check_second_derivative(self) -> None:
+        """On the last tokens only, which go through the same functions as all."""
+        start = max(0, len(self.X) - CHECKED_TOKENS)
+        with _differentiable(self.model):
+            gap = second_derivative_gap(lambda tail, begin: self._g(tail, start + begin), self.X[start:])
         if gap > SECOND_DERIVATIVE_TOLERANCE:
             raise UnsupportedModelError(
                 f"{type(self.model).__name__} cannot be differentiated twice: products with the Hessian miss the "
@@ -225,10 +240,10 @@ class Terms:
 
 
 @contextmanager
-def _differentiable(model: PreTrainedModel, *, recompute: bool = False) -> Iterator[None]:
+def _differentiable(model: PreTrainedModel, *, blockwise: bool = False) -> Iterator[None]:
     """Eager attention and frozen parameters; what cannot be differentiated twice is named."""
     try:
-        with twice_differentiable(model, recompute=recompute):
+        with twice_differentiable(model, blockwise=blockwise):
             yield
     except RuntimeError as error:
         if out_of_memory(error):

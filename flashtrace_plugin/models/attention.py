@@ -45,7 +45,7 @@ class AttentionCall:
     options: dict[str, Any]
 
 
-def _kernel(module: nn.Module, name: str) -> Callable[..., Any]:
+def kernel(module: nn.Module, name: str) -> Callable[..., Any]:
     if name != "eager":
         return ALL_ATTENTION_FUNCTIONS[name]
     # Each modelling file has its own eager function; a subclass defined elsewhere inherits that of its parent.
@@ -58,7 +58,7 @@ def _recorded(name: str) -> Callable[..., Any]:
         note = _note.get()
         if note is not None:
             note(module, AttentionCall(name, q, k, v, mask, options))
-        return _kernel(module, name)(module, q, k, v, mask, *args, **options)
+        return kernel(module, name)(module, q, k, v, mask, *args, **options)
 
     return attention
 

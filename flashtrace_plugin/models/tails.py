@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from flashtrace_plugin.errors import InputError, UnsupportedModelError
+from flashtrace_plugin.models.blockwise import register
 from flashtrace_plugin.models.layouts import layout_for
-from flashtrace_plugin.models.recompute import register
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 """Largest difference of a log-probability with and without reuse; 0.5 for half precision."""
@@ -161,10 +161,10 @@ def _entering(block: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[
 
 
 @contextmanager
-def twice_differentiable(model: PreTrainedModel, *, recompute: bool = False) -> Iterator[None]:
+def twice_differentiable(model: PreTrainedModel, *, blockwise: bool = False) -> Iterator[None]:
     """Switches to eager attention, which has second derivatives as fused kernels have not, and freezes parameters.
 
-    recompute: patterns are formed again when needed instead of kept; slower, and one vector at a time
+    blockwise: attention by blocks of queries, whose patterns are formed again when needed instead of kept
 
     Attention implementation and ``requires_grad`` flags are put back on leaving, also after an error.
     """
@@ -173,7 +173,7 @@ def twice_differentiable(model: PreTrainedModel, *, recompute: bool = False) -> 
     trainable = [p for p in model.parameters() if p.requires_grad]
     try:
         for config in configs.values():
-            config._attn_implementation = register() if recompute else "eager"
+            config._attn_implementation = register() if blockwise else "eager"
         for parameter in trainable:
             parameter.requires_grad_(False)
         yield
