@@ -54,6 +54,8 @@ def load(
             f"cannot load the model {name!r}: {str(error).strip().splitlines()[0]} (give a folder with a causal "
             "language model and its tokenizer, a GGUF file, or a name on the Hugging Face hub)"
         ) from error
+    if file:
+        model.config.name_or_path = str(Path(path) / file["gguf_file"])
     return model.to(where).eval(), tokenizer
 
 

@@ -104,6 +104,7 @@ def test_the_same_weights_give_the_same_attribution(pair):
     for method in (FlashTrace, HETA):
         found, expected = (method(*loaded).attribute(PROMPT, GENERATION) for loaded in (packed, dense))
         assert found.tokens == expected.tokens and found.target == expected.target
+        assert found.settings["model"] == str(pair[0])
         torch.testing.assert_close(found.scores, expected.scores, rtol=1e-6, atol=0)
 
 
