@@ -248,9 +248,8 @@ def products(length: int = 128, layers: int = 4, count: int = 32) -> None:
             part = vectors[:size]
             a, theirs = _after_warming(lambda part=part: forward_over_reverse(part))
             b, mine = _after_warming(lambda part=part: ours(part))
-            print(
-                f"| {size} | {theirs / size:.3f} | {mine / size:.3f} | {float((a - b).abs().max() / b.abs().max()):.1e} |"
-            )
+            gap = float((a - b).abs().max() / b.abs().max())
+            print(f"| {size} | {theirs / size:.3f} | {mine / size:.3f} | {gap:.1e} |", flush=True)
 
 
 def _after_warming(run: Callable[[], Any]) -> tuple[Any, float]:
