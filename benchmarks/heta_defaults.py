@@ -1,18 +1,17 @@
-"""Evidence for HETA's defaults: gates, curvature, masks, rescaling and weights on the bundled reasoner.
+"""Evidence for HETA's defaults: gates, curvature, masks, rescaling and weights.
 
-    python -m benchmarks.heta_defaults --samples 5                    synthetic tasks with known evidence
-    python -m benchmarks.heta_defaults --data FILE --model NAME       DSA on a file of mixed paragraphs
+    python -m benchmarks.heta_defaults --samples 5                    the bundled reasoner, tasks with known evidence
+    python -m benchmarks.heta_defaults --data FILE --model NAME       a model that reads English, mixed paragraphs
 
 The terms of a sample are computed once and combined in every way; only recursion needs further runs. Prints Markdown.
-The file of mixed paragraphs needs a model that can read them; the bundled one cannot.
 """
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,38 +21,18 @@ import typer
 from torch import Tensor
 from tqdm import tqdm
 
-from flashtrace_plugin import HETA, Span, reasoner, tasks
-from flashtrace_plugin.metrics import bootstrap, deletion_curve, dsa, recovery
-from flashtrace_plugin.text import tokenize
+from benchmarks.heta_variants import CURVATURES, NOTHING, Case, Found, table, terms, variants
+from flashtrace_plugin import HETA, FlashTrace, Span, reasoner, tasks
+from flashtrace_plugin.loading import load
+from flashtrace_plugin.metrics import deletion_curve, dsa, recovery
+from flashtrace_plugin.text import render, tokenize
 
 KINDS: dict[str, dict[str, Any]] = {
     "direct answer, 1 hop": {"hops": 1, "chains": 3, "thinking": False},
     "thinking, 2 hops": {"hops": 2, "chains": 3},
 }
-GATES = ("flow", "per_head", "uniform", None)
-CURVATURES: dict[str, dict[str, Any]] = {
-    "full": {},
-    "low rank": {"curvature": "low_rank", "rank": 64},
-    "last 2 layers": {"last_layers": 2},
-    "gradient squared": {"curvature": "gradient_squared"},
-}
-MASKS = ("zero", "mean", "pad")
-
-
-@dataclass(frozen=True)
-class Case:
-    """A prompt with what the reasoner wrote for it, right to the last word, and what it should be explained by."""
-
-    input_ids: Tensor
-    prompt_length: int
-    target: Span
-    reasoning: Span | None
-    gold: tuple[int, ...]
-    distractors: tuple[int, ...]
-
-    @property
-    def spans(self) -> dict[str, Any]:
-        return {"prompt_length": self.prompt_length, "target": self.target, "reasoning": self.reasoning}
+OF_THE_REASONER = [name for name in CURVATURES if name != "last 6 layers"]
+OF_THE_READER = [name for name in CURVATURES if name != "last 2 layers"]
 
 
 def cases(model: Any, tokenizer: Any, kind: str, length: int, seed: int) -> Iterator[Case]:
@@ -66,57 +45,6 @@ def cases(model: Any, tokenizer: Any, kind: str, length: int, seed: int) -> Iter
             continue
         text = tokenize(tokenizer, sample.prompt, " " + generation)
         yield Case(text.input_ids, text.prompt_length, *text.locate(None, None), sample.evidence, sample.distractors)
-
-
-@dataclass(frozen=True)
-class Found:
-    """All terms of one case: gates M, curvatures S and informations I by name, each over the prompt."""
-
-    M: Mapping[str | None, Tensor]
-    S: Mapping[str, Tensor]
-    I: Mapping[str, Tensor]  # noqa: E741  the paper's letter
-
-    def scores(
-        self,
-        gate: str | None = "flow",
-        curvature: str = "full",
-        mask: str = "zero",
-        *,
-        beta: float = 0.5,
-        gamma: float | None = None,
-        rescale: bool = False,
-    ) -> Tensor:
-        S, info = self.S[curvature], self.I[mask]
-        if rescale:
-            S, info = S / S.max(), info / info.max()
-        return self.M[gate] * (beta * S + (1 - beta if gamma is None else gamma) * info)
-
-
-def terms(model: Any, case: Case) -> Found:
-    def run(name: str, **options: Any) -> Tensor:
-        heta = HETA(model, **({"gate": None, "curvature": None, "mask": None, "progress": False} | options))
-        return heta.attribute_ids(case.input_ids, **case.spans).components[name][: case.prompt_length]
-
-    return Found(
-        {kind: run("gate", gate=kind) for kind in GATES},
-        {name: run("curvature", **({"curvature": "full"} | options)) for name, options in CURVATURES.items()},
-        {kind: run("information", mask=kind) for kind in MASKS},
-    )
-
-
-def variants(found: Found, seed: int) -> dict[str, Tensor]:
-    """Scores by the name of their row."""
-    rows = {"default: gate flow, full, zero mask, raw, beta 0.5": found.scores()}
-    rows |= {f"gate {gate or 'none'}": found.scores(gate) for gate in GATES[1:]}
-    rows |= {f"curvature {name}": found.scores(curvature=name) for name in list(CURVATURES)[1:]}
-    rows |= {f"mask {mask}": found.scores(mask=mask) for mask in MASKS[1:]}
-    rows |= {f"beta {beta}": found.scores(beta=beta) for beta in (0.0, 0.2, 0.8, 1.0)}
-    rows |= {f"rescaled, beta {beta}": found.scores(beta=beta, rescale=True) for beta in (0.2, 0.5, 0.8)}
-    rows["rescaled, gate per_head"] = found.scores("per_head", rescale=True)
-    rows["rescaled, low rank"] = found.scores(curvature="low rank", rescale=True)
-    rows |= {"transition only": found.M["flow"], "Hessian only": found.S["full"], "KL only": found.I["zero"]}
-    rows["random"] = torch.rand(len(found.S["full"]), generator=torch.Generator().manual_seed(seed))
-    return rows
 
 
 def recursions(model: Any, case: Case) -> dict[str, Tensor]:
@@ -144,66 +72,115 @@ def measure(model: Any, case: Case, scores: Tensor) -> dict[str, float]:
     }
 
 
-def table(values: pd.DataFrame) -> str:
-    """Means with 95 % bootstrap intervals over samples, rows in the order they ran."""
-    metrics = ["recovery", "RISE", "MAS", "DSA"]
-    lines = ["| variant | " + " | ".join(metrics) + " |", "|---" * (len(metrics) + 1) + "|"]
-    for name, group in values.groupby("variant", sort=False):
-        found = [bootstrap(group[metric]) for metric in metrics]
-        lines.append(f"| {name} | " + " | ".join(f"{e.mean:.3f} [{e.low:.3f}, {e.high:.3f}]" for e in found) + " |")
-    return "\n".join(lines)
-
-
 def synthetic(kinds: list[str], samples: int, seeds: int, length: int) -> None:
     model, tokenizer = reasoner.load()
     for kind in kinds:
         rows: list[dict[str, Any]] = []
         for seed in range(seeds):
-            found = cases(model, tokenizer, kind, length, seed)
+            stream = cases(model, tokenizer, kind, length, seed)
             for number in tqdm(range(samples), desc=f"{kind}, seed {seed}"):
-                case = next(found)
-                for name, scores in (variants(terms(model, case), seed) | recursions(model, case)).items():
+                case = next(stream)
+                found = terms(model, case, OF_THE_REASONER, ("zero", "mean", "pad"))
+                for name, scores in (variants(found, seed) | recursions(model, case)).items():
                     rows.append({"seed": seed, "sample": number, "variant": name} | measure(model, case, scores))
         print(f"\n**{kind}**, {seeds} seeds x {samples} samples\n\n{table(pd.DataFrame(rows))}", flush=True)
 
 
 # Mixed paragraphs
 
+FORMS = {
+    "question": "{paragraph} Question: {question} Answer:",
+    "completion": "{paragraph} {question} The answer is the",
+    "chat": "{paragraph} {question}",
+}
 
-def mixed_paragraph(tokenizer: Any, example: Mapping[str, Any], options: Mapping[str, Any], model: Any) -> float:
-    """DSA of one example: the first answer token explained by evidence words against the distractor segment."""
+
+def diagonal(examples: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
+    """Every narrative once and every support once, in pairs that no other seed below their number has."""
+    by_pair = {(e["narrative_id"], e["sciq_id"]): e for e in examples}
+    narratives, supports = (sorted(set(ids)) for ids in zip(*by_pair, strict=True))
+    random.Random("paragraphs").shuffle(supports)
+    return [by_pair[pair] for pair in zip(narratives, supports[seed:] + supports[:seed], strict=True)]
+
+
+def prompt_of(tokenizer: Any, example: Mapping[str, Any], form: str) -> str:
+    """Begins with the model's begin token: as the attention sink it must be in neither segment."""
+    paragraph = f"{example['narrative_segment']} {example['sciq_support_segment']}"
+    text = FORMS[form].format(paragraph=paragraph, question=example["question"])
+    if form == "chat":
+        text = render(tokenizer, [{"role": "user", "content": text}])[0] + "The answer is the"
+    begin = tokenizer.bos_token or ""
+    added = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    return ("" if added else begin) + text.removeprefix(begin)
+
+
+def paragraph_case(tokenizer: Any, example: Mapping[str, Any], form: str) -> Case:
+    """The answer's first token explained by the evidence words of the support against the narrative."""
     narrative, support = example["narrative_segment"], example["sciq_support_segment"]
-    prompt = f"{narrative} {support} Question: {example['question']} Answer:"
-    words = support.split()
-    starts = [len(narrative) + 1 + len(" ".join(words[:i])) + (i > 0) for i in range(len(words))]
-    chosen = example["important_word_indices_in_sciq_support"]
-    evidence = [(starts[i], starts[i] + len(words[i])) for i in chosen]
+    prompt = prompt_of(tokenizer, example, form)
+    first, second = prompt.index(narrative), prompt.index(support)
+    words = [(second + m.start(), second + m.end()) for m in re.finditer(r"\S+", support)]
+    evidence = [words[i] for i in example["important_word_indices_in_sciq_support"]]
     text = tokenize(tokenizer, prompt, " " + example["answer"])
     offsets = tokenizer(prompt, return_offsets_mapping=True)["offset_mapping"]
 
-    def over(ranges: list[tuple[int, int]]) -> list[int]:
+    def over(*ranges: tuple[int, int]) -> list[int]:
         return [i for i, (a, b) in enumerate(offsets) if any(a < stop and start < b for start, stop in ranges)]
 
-    first = Span(text.prompt_length, text.prompt_length + 1)
-    found = HETA(model, tokenizer, **options).attribute_ids(
-        text.input_ids, prompt_length=text.prompt_length, target=first
-    )
-    segment = over([(len(narrative) + 1, len(narrative) + 1 + len(support))])
-    return dsa(found, over(evidence), over([(0, len(narrative))]), evidence_segment=segment)
+    n = text.prompt_length
+    segments = over((first, first + len(narrative))), over((second, second + len(support)))
+    return Case(text.input_ids[: n + 1], n, Span(n, n + 1), None, over(*evidence), *segments)
 
 
-def paragraphs(data: Path, name: str, limit: int) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def agreement(case: Case, scores: Tensor) -> dict[str, float]:
+    """Metrics over the paragraph alone, about three tenths of which are evidence, and its share of all mass."""
+    inside = sorted({*case.distractors, *case.segment})
+    gold = [inside.index(i) for i in case.gold]
+    return {
+        "recovery": recovery(scores[inside], gold, fraction=0.3),
+        "DSA": dsa(scores, case.gold, case.distractors, evidence_segment=case.segment),
+        "inside": float(scores[inside].sum() / scores.sum()),
+    }
 
-    model = AutoModelForCausalLM.from_pretrained(name, use_safetensors=True).eval()
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    examples = json.loads(data.read_text(encoding="utf-8"))["examples"][:limit]
-    print("| variant | DSA |\n|---|---|")
-    for gate in ("flow", "per_head"):
-        for rescale in (None, "max"):
-            options = {"gate": gate, "rescale": rescale, "curvature": "low_rank", "progress": False}
-            values = [mixed_paragraph(tokenizer, e, options, model) for e in tqdm(examples)]
-            print(f"| gate {gate}, rescale {rescale} | {bootstrap(values)} |", flush=True)
+
+@torch.no_grad()
+def answered(model: Any, case: Case) -> dict[str, float]:
+    logits = model(case.input_ids[None, :-1].to(model.device)).logits[0, -1].float()
+    answer = int(case.input_ids[-1])
+    return {"p": float(logits.softmax(-1)[answer]), "answered": float(logits.argmax() == answer)}
+
+
+def paragraph_rows(
+    model: Any, case: Case, curvatures: Sequence[str], seed: int, path: Path
+) -> Iterator[dict[str, Any]]:
+    """One row per variant. The terms are kept in a file, so that what is there is not computed again."""
+    known = Found(**torch.load(path)) if path.exists() else NOTHING
+    found = terms(model, case, curvatures, ("zero", "mean"), seed=seed, known=known)
+    torch.save(vars(found), path)
+    rows = variants(found, seed) | {
+        "FlashTrace, no hop": FlashTrace(model, hops=0).attribute_ids(case.input_ids, **case.spans).scores
+    }
+    right = answered(model, case)
+    for name, scores in rows.items():
+        yield {"seed": seed, "variant": name} | right | agreement(case, scores)
+
+
+def paragraphs(data: Path, name: str, form: str, seeds: int, curvatures: list[str], out: Path) -> None:
+    model, tokenizer = load(name)
+    examples = json.loads(data.read_text(encoding="utf-8"))["examples"]
+    for each in FORMS:
+        right = pd.DataFrame([answered(model, paragraph_case(tokenizer, e, each)) for e in tqdm(examples, desc=each)])
+        print(f"{each}: {dict(right.mean().round(3))}, n = {len(right)}", flush=True)
+    out.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = []
+    for seed in range(seeds):
+        for number, example in enumerate(tqdm(diagonal(examples, seed), desc=f"seed {seed}")):
+            case = paragraph_case(tokenizer, example, form)
+            rows += paragraph_rows(model, case, curvatures, seed, out / f"{form}-{seed}-{number}.pt")
+            pd.DataFrame(rows).to_csv(out / f"{form}.csv", index=False)
+    values = pd.DataFrame(rows)
+    print(f"\n**{form}**, {seeds} seeds\n\n{table(values)}\n\nwhere the model answers:\n")
+    print(table(values[values["answered"] == 1]))
 
 
 def main(
@@ -212,15 +189,19 @@ def main(
     length: Annotated[int, typer.Option(help="tokens of a prompt at most")] = 96,
     kind: Annotated[list[str] | None, typer.Option(help="a synthetic task; all by default")] = None,
     data: Annotated[Path | None, typer.Option(help="mixed paragraphs as JSON, instead of the synthetic tasks")] = None,
-    model: Annotated[str, typer.Option(help="name or folder of the model that reads them")] = "",
-    limit: Annotated[int, typer.Option(help="paragraphs to use")] = 100,
+    model: Annotated[str, typer.Option(help="the model that reads them, as the command line takes it")] = "",
+    form: Annotated[str, typer.Option(help=f"how it is asked: {', '.join(FORMS)}")] = "completion",
+    curvature: Annotated[list[str] | None, typer.Option(help="a curvature besides full; all by default")] = None,
+    out: Annotated[Path, typer.Option(help="folder for the terms; what is there is not computed again")] = Path(
+        "heta_terms"
+    ),
 ) -> None:
     if data is None:
         synthetic(kind or list(KINDS), samples, seeds, length)
     elif not model:
         raise typer.BadParameter("--data needs --model, a model that can read the paragraphs")
     else:
-        paragraphs(data, model, limit)
+        paragraphs(data, model, form, seeds, ["full", *(curvature or OF_THE_READER[1:])], out)
 
 
 if __name__ == "__main__":

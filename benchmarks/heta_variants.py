@@ -1,0 +1,115 @@
+"""HETA's variants from terms that are computed once, and the table of what they reach."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from flashtrace_plugin import HETA, Span
+from flashtrace_plugin.metrics import bootstrap
+
+GATES = ("flow", "per_head", "uniform", None)
+CURVATURES: dict[str, dict[str, Any]] = {
+    "full": {},
+    "low rank": {"curvature": "low_rank", "rank": 64},
+    "last 2 layers": {"last_layers": 2},
+    "last 6 layers": {"last_layers": 6},
+    "gradient squared": {"curvature": "gradient_squared"},
+}
+METRICS = ("recovery", "RISE", "MAS", "DSA", "inside")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A prompt with its answer, and what the answer should be explained by; ``segment`` is where the gold lies."""
+
+    input_ids: Tensor
+    prompt_length: int
+    target: Span
+    reasoning: Span | None
+    gold: Sequence[int]
+    distractors: Sequence[int]
+    segment: Sequence[int] = ()
+
+    @property
+    def spans(self) -> dict[str, Any]:
+        return {"prompt_length": self.prompt_length, "target": self.target, "reasoning": self.reasoning}
+
+
+@dataclass(frozen=True)
+class Found:
+    """All terms of one case: gates M, curvatures S and informations I by name, each over the prompt."""
+
+    M: Mapping[str | None, Tensor]
+    S: Mapping[str, Tensor]
+    I: Mapping[str, Tensor]  # noqa: E741  the paper's letter
+
+    def scores(
+        self,
+        gate: str | None = "flow",
+        curvature: str = "full",
+        mask: str = "zero",
+        *,
+        beta: float = 0.5,
+        gamma: float | None = None,
+        rescale: bool = False,
+    ) -> Tensor:
+        S, info = self.S[curvature], self.I[mask]
+        if rescale:
+            S, info = S / S.max(), info / info.max()
+        return self.M[gate] * (beta * S + (1 - beta if gamma is None else gamma) * info)
+
+
+NOTHING = Found({}, {}, {})
+
+
+def terms(
+    model: Any, case: Case, curvatures: Sequence[str], masks: Sequence[str], *, seed: int = 0, known: Found = NOTHING
+) -> Found:
+    """All terms that are not ``known`` yet."""
+
+    def run(name: str, **options: Any) -> Tensor:
+        heta = HETA(model, **({"gate": None, "curvature": None, "mask": None, "progress": False} | options), seed=seed)
+        return heta.attribute_ids(case.input_ids, **case.spans).components[name][: case.prompt_length]
+
+    def curvature(name: str) -> Tensor:
+        return run("curvature", **({"curvature": "full"} | CURVATURES[name]))
+
+    return Found(
+        dict(known.M) | {kind: run("gate", gate=kind) for kind in GATES if kind not in known.M},
+        dict(known.S) | {name: curvature(name) for name in curvatures if name not in known.S},
+        dict(known.I) | {kind: run("information", mask=kind) for kind in masks if kind not in known.I},
+    )
+
+
+def variants(found: Found, seed: int) -> dict[str, Tensor]:
+    """Scores by the name of their row."""
+    rows = {"default: gate flow, full, zero mask, raw, beta 0.5": found.scores()}
+    rows |= {f"gate {gate or 'none'}": found.scores(gate) for gate in GATES[1:]}
+    rows |= {f"curvature {name}": found.scores(curvature=name) for name in found.S if name != "full"}
+    rows |= {f"mask {mask}": found.scores(mask=mask) for mask in found.I if mask != "zero"}
+    rows |= {f"beta {beta}": found.scores(beta=beta) for beta in (0.0, 0.2, 0.8, 1.0)}
+    rows |= {f"rescaled, beta {beta}": found.scores(beta=beta, rescale=True) for beta in (0.2, 0.5, 0.8)}
+    rows["rescaled, gate per_head"] = found.scores("per_head", rescale=True)
+    if "low rank" in found.S:
+        rows["rescaled, low rank"] = found.scores(curvature="low rank", rescale=True)
+    rows |= {"transition only": found.M["flow"], "Hessian only": found.S["full"], "KL only": found.I["zero"]}
+    rows["random"] = torch.rand(len(found.S["full"]), generator=torch.Generator().manual_seed(seed))
+    return rows
+
+
+def table(values: pd.DataFrame) -> str:
+    """Means with 95 % bootstrap intervals over samples, rows in the order they ran; those of fewer samples say so."""
+    metrics = [metric for metric in METRICS if metric in values]
+    lines = ["| variant | " + " | ".join(metrics) + " |", "|---" * (len(metrics) + 1) + "|"]
+    most = values["variant"].value_counts().max()
+    for name, group in values.groupby("variant", sort=False):
+        found = [bootstrap(group[metric]) for metric in metrics]
+        label = name if len(group) == most else f"{name} (n = {len(group)})"
+        lines.append(f"| {label} | " + " | ".join(f"{e.mean:.3f} [{e.low:.3f}, {e.high:.3f}]" for e in found) + " |")
+    return "\n".join(lines)
