@@ -168,7 +168,7 @@ def paragraph_rows(
 def paragraphs(data: Path, name: str, form: str, seeds: int, curvatures: list[str], out: Path) -> None:
     model, tokenizer = load(name)
     examples = json.loads(data.read_text(encoding="utf-8"))["examples"]
-    for each in FORMS:
+    for each in (form for form in FORMS if form != "chat" or tokenizer.chat_template):
         right = pd.DataFrame([answered(model, paragraph_case(tokenizer, e, each)) for e in tqdm(examples, desc=each)])
         print(f"{each}: {dict(right.mean().round(3))}, n = {len(right)}", flush=True)
     out.mkdir(parents=True, exist_ok=True)
