@@ -168,7 +168,7 @@ def paragraph_rows(
 def paragraphs(data: Path, name: str, form: str, seeds: int, curvatures: list[str], out: Path) -> None:
     model, tokenizer = load(name)
     examples = json.loads(data.read_text(encoding="utf-8"))["examples"]
-    for each in (form for form in FORMS if form != "chat" or tokenizer.chat_template):
+    for each in [each for each in FORMS if each != "chat" or tokenizer.chat_template]:
         right = pd.DataFrame([answered(model, paragraph_case(tokenizer, e, each)) for e in tqdm(examples, desc=each)])
         print(f"{each}: {dict(right.mean().round(3))}, n = {len(right)}", flush=True)
     out.mkdir(parents=True, exist_ok=True)
@@ -192,9 +192,9 @@ def main(
     model: Annotated[str, typer.Option(help="the model that reads them, as the command line takes it")] = "",
     form: Annotated[str, typer.Option(help=f"how it is asked: {', '.join(FORMS)}")] = "completion",
     curvature: Annotated[list[str] | None, typer.Option(help="a curvature besides full; all by default")] = None,
-    out: Annotated[Path, typer.Option(help="folder for the terms; what is there is not computed again")] = Path(
-        "heta_terms"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="folder for the terms of this model; what is there is not computed again")
+    ] = Path("heta_terms"),
 ) -> None:
     if data is None:
         synthetic(kind or list(KINDS), samples, seeds, length)
