@@ -4,6 +4,7 @@
     python benchmarks/heta_speed.py presets                every preset in forward passes of the model
     python benchmarks/heta_speed.py throughput             the information term against plain batched forward passes
     python benchmarks/heta_speed.py products               two ways to take Hessian products
+    python benchmarks/heta_speed.py patterns               attention patterns kept, or formed again by blocks
     python benchmarks/heta_speed.py long                   2,048 tokens with LR+WIN, to the end: hours
 
 Times are CPU seconds of this process, so that other work on the machine does not count; the unit is the model's own
@@ -250,6 +251,28 @@ def products(length: int = 128, layers: int = 4, count: int = 32) -> None:
             b, mine = _after_warming(lambda part=part: ours(part))
             gap = float((a - b).abs().max() / b.abs().max())
             print(f"| {size} | {theirs / size:.3f} | {mine / size:.3f} | {gap:.1e} |", flush=True)
+
+
+@app.command()
+def patterns(lengths: list[int] | None = None, width: int = 512, layers: int = 2) -> None:
+    """Hessian products with attention patterns kept against patterns formed again by blocks of queries."""
+    model = llama_shape(width, layers, 8192)
+    print(f"llama shape d = {width}, {layers} layers, CPU seconds\n")
+    print("| N | forward pass | patterns kept | by blocks | largest difference |\n|---|---|---|---|---|")
+    for length in lengths or (256, 512, 1024, 2048):
+        ids = torch.randint(0, 8192, (1, length), generator=torch.Generator().manual_seed(0))
+        bench = Bench(model, ids, 1, 1)
+        vector = torch.randn(1, *bench.X.shape, generator=torch.Generator().manual_seed(0))
+        a, kept = _product(model, bench, vector, blockwise=False)
+        b, blocks = _product(model, bench, vector, blockwise=True)
+        gap, forward = float((a - b).abs().max() / a.abs().max()), forward_seconds(model, ids)
+        print(f"| {length} | {forward:.2f} | {kept:.2f} | {blocks:.2f} | {gap:.1e} |", flush=True)
+
+
+def _product(model: PreTrainedModel, bench: Bench, vector: Tensor, *, blockwise: bool) -> tuple[Tensor, float]:
+    with twice_differentiable(model, blockwise=blockwise):
+        product = HessianProducts(bench.g, bench.X, 0)
+        return _after_warming(lambda: product(vector))
 
 
 def _after_warming(run: Callable[[], Any]) -> tuple[Any, float]:
