@@ -203,7 +203,7 @@ def differences(values: pd.DataFrame) -> pd.DataFrame:
 
 def markdown(frame: pd.DataFrame) -> str:
     """A Markdown table with the index as its first column."""
-    head = ["method", *frame.columns]
+    head = [frame.index.name or "method", *frame.columns]
     rows = [[str(name), *row] for name, row in zip(frame.index, frame.to_numpy().tolist(), strict=True)]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))
 
