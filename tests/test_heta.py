@@ -20,7 +20,8 @@ from flashtrace_plugin.core.information import information
 from flashtrace_plugin.core.windows import windows
 from flashtrace_plugin.heta import ABLATIONS, PRESETS, terms
 from flashtrace_plugin.heta.terms import WeightedTarget, mask_vector
-from flashtrace_plugin.models import blockwise, tails
+from flashtrace_plugin.models import blockwise
+from flashtrace_plugin.models.blockwise import Layer
 from flashtrace_plugin.models.capture import capture
 from flashtrace_plugin.models.tails import Tails, twice_differentiable
 from tests.reference import heta as reference
@@ -400,12 +401,23 @@ def test_patterns_formed_again_by_blocks_give_the_same_curvature(family, rows, m
         close(S(1, curvature), S(2 << 30, curvature), rtol=1e-3, atol=1e-5)
 
 
-def test_long_texts_are_differentiated_by_blocks_on_a_cpu(monkeypatch):
-    names = []
+@pytest.mark.parametrize("family", ["llama", "gptj", "gpt_neo", "codegen"])
+def test_long_texts_are_differentiated_by_blocks_on_a_cpu(family, monkeypatch):
+    """Also where attention is a method of the module; GPT-Neo has layers that see a few tokens only."""
+    model, layers = tiny(family), []
+
+    def S() -> torch.Tensor:
+        heta = HETA(model, probes=1, gate=None, mask=None, **QUIET)
+        return heta.attribute_ids(IDS, prompt_length=4, target=Span(*SPAN)).components["curvature"]
+
+    kept = S()
     monkeypatch.setattr(terms, "KEPT_PATTERNS", {"cpu": SPAN[1] - 2})
-    monkeypatch.setattr(tails, "register", lambda: names.append("blockwise") or blockwise.register())
-    HETA(small("llama"), probes=1, mask=None, **QUIET).attribute_ids(IDS, prompt_length=4, target=Span(*SPAN))
-    assert names == ["blockwise"]
+    monkeypatch.setattr(blockwise, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(blockwise, "MIN_BLOCK_ROWS", 3)
+    monkeypatch.setattr(blockwise, "Layer", lambda *args: layers.append(args) or Layer(*args))
+    close(S(), kept, rtol=1e-3, atol=1e-5)
+    assert len(layers) >= model.config.num_hidden_layers
+    assert not [m for m in model.modules() if "_attn" in vars(m)]
 
 
 def test_blocks_read_no_keys_beyond_their_mask(monkeypatch):
@@ -416,9 +428,9 @@ def test_blocks_read_no_keys_beyond_their_mask(monkeypatch):
     allowed = (j <= i) & (j > i - 3)
     q = torch.zeros(1, 2, 6, 4)
     for mask in (allowed[None, None], torch.zeros(1, 1, 6, 6).masked_fill(~allowed, torch.finfo(torch.float32).min)):
-        blocks = blockwise.Layer(torch.nn.Identity(), q, q, mask, (), {}).blocks
+        blocks = Layer(lambda *args: q, q, q, mask).blocks
         assert [b.keys for b in blocks] == [slice(0, 2), slice(0, 4), slice(2, 6)]
-    free = blockwise.Layer(torch.nn.Identity(), q, q, None, (), {}).blocks
+    free = Layer(lambda *args: q, q, q, None).blocks
     assert [b.keys for b in free] == [slice(0, 6)] * 3
 
 

@@ -8,17 +8,24 @@ half of the work of the plain kernel, and the temporaries of a block stay in cac
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
 from flashtrace_plugin.core.pattern import BLOCK_BYTES, MIN_BLOCK_ROWS, block_bytes
 from flashtrace_plugin.models.attention import kernel
+from flashtrace_plugin.models.layouts import layout_for
+from flashtrace_plugin.models.own_attention import inner_attn, shadowed
 
 NAME = "blockwise_eager"
+
+Attend = Callable[[Tensor, Tensor, Tensor, "_Block"], Tensor]
+"""The model's own attention of a block's q, k and v. result: [1, rows, H, d]"""
 
 
 class _Block:
@@ -34,14 +41,13 @@ class _Block:
         self.q = (..., rows, everything)
         self.k = self.v = (..., self.keys, everything)
 
+    @property
+    def mask(self) -> Tensor | None:
+        return None if self.layer.mask is None else self.layer.mask[..., self.rows, self.keys]
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The output of the block's queries. result: [1, rows, H, d]"""
-        layer, options = self.layer, dict(self.layer.options)
-        bias = options.get("position_bias")
-        if bias is not None:
-            options["position_bias"] = bias[..., self.rows, self.keys]
-        mask = None if layer.mask is None else layer.mask[..., self.rows, self.keys]
-        return kernel(layer.module, "eager")(layer.module, q, k, v, mask, *layer.args, **options)[0]
+        return self.layer.attend(q, k, v, self)
 
     def leaves(self, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
         """The block's parts of the layer's tensors, to differentiate by."""
@@ -49,13 +55,13 @@ class _Block:
 
 
 class Layer:
-    """What one attention module handed to its kernel, cut into blocks.
+    """One layer's attention, cut into blocks of queries.
 
     mask: [1, 1 or H, queries, keys] as eager kernels take it, or None for none
     """
 
-    def __init__(self, module: nn.Module, q: Tensor, k: Tensor, mask: Any, args: Any, options: dict[str, Any]) -> None:
-        self.module, self.mask, self.args, self.options = module, mask, args, options
+    def __init__(self, attend: Attend, q: Tensor, k: Tensor, mask: Tensor | None) -> None:
+        self.attend, self.mask = attend, mask
         self.length = k.shape[-2]
         per_row = 4 * q.shape[1] * self.length
         size = max(MIN_BLOCK_ROWS, block_bytes(q.device, BLOCK_BYTES) // per_row)
@@ -124,14 +130,47 @@ class _Sums:
             total[place] += part
 
 
-def _blockwise(
+def _kernel(
     module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, *args: Any, **options: Any
 ) -> tuple[Tensor, None]:
-    return _Attention.apply(Layer(module, q, k, mask, args, options), q, k, v), None
+    """The kernel of modules that call transformers' attention interface."""
+    bias = options.pop("position_bias", None)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, block: _Block) -> Tensor:
+        added = {} if bias is None else {"position_bias": bias[..., block.rows, block.keys]}
+        return kernel(module, "eager")(module, q, k, v, block.mask, *args, **options, **added)[0]
+
+    return _Attention.apply(Layer(attend, q, k, mask), q, k, v), None
+
+
+def _method(attn: Callable[..., Any]) -> Callable[..., Any]:
+    """``_attn`` of GPT-J, CodeGen and GPT-Neo. The last reads positions off the numbers of queries and keys."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Any:
+        if mask is None:
+            return attn(q, k, v)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, block: _Block) -> Tensor:
+            return attn(q, k, v, block.mask)[0].transpose(1, 2)
+
+        return _Attention.apply(Layer(attend, q, k, mask), q, k, v).transpose(1, 2), None
+
+    return run
 
 
 def register() -> str:
     """The name under which a model's configuration chooses this attention."""
-    AttentionInterface.register(NAME, _blockwise)
+    AttentionInterface.register(NAME, _kernel)
     AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
     return NAME
+
+
+@contextmanager
+def methods(model: PreTrainedModel) -> Iterator[None]:
+    """While active, modules of ``model`` that have attention as a method of their own run it by blocks."""
+    with ExitStack() as stack:
+        if layout_for(model.config).reader is inner_attn:
+            for module in model.modules():
+                if hasattr(module, "_attn"):
+                    stack.enter_context(shadowed(module, "_attn", _method))
+        yield

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -18,26 +18,37 @@ from torch import Tensor, nn
 
 from flashtrace_plugin.models.attention import AttentionCall, Note
 
+Method = Callable[..., Any]
+
 
 @contextmanager
-def _seeing(module: nn.Module, method: str, see: Callable[..., None]) -> Iterator[None]:
-    """Calls ``see(result, *args)`` after every call of one method of this one module."""
-    bound = getattr(module, method)
-    shadowed = vars(module).get(method)
-
-    def seen(*args: Any, **kwargs: Any) -> Any:
-        result = bound(*args, **kwargs)
-        see(result, *args)
-        return result
-
-    object.__setattr__(module, method, seen)
+def shadowed(
+    module: nn.Module, method: str, change: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> Iterator[None]:
+    """While active, ``change(method)`` stands for one method of this one module."""
+    bound, before = getattr(module, method), vars(module).get(method)
+    object.__setattr__(module, method, change(bound))
     try:
         yield
     finally:
-        if shadowed is None:
+        if before is None:
             object.__delattr__(module, method)
         else:
-            object.__setattr__(module, method, shadowed)
+            object.__setattr__(module, method, before)
+
+
+def _seeing(module: nn.Module, method: str, see: Callable[..., None]) -> AbstractContextManager[None]:
+    """Calls ``see(result, *args)`` after every call of one method of this one module."""
+
+    def change(bound: Method) -> Method:
+        def seen(*args: Any, **kwargs: Any) -> Any:
+            result = bound(*args, **kwargs)
+            see(result, *args)
+            return result
+
+        return seen
+
+    return shadowed(module, method, change)
 
 
 @contextmanager

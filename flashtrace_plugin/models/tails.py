@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from flashtrace_plugin.errors import InputError, UnsupportedModelError
-from flashtrace_plugin.models.blockwise import register
+from flashtrace_plugin.models.blockwise import methods, register
 from flashtrace_plugin.models.layouts import layout_for
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
@@ -166,7 +166,7 @@ def twice_differentiable(model: PreTrainedModel, *, blockwise: bool = False) -> 
 
     blockwise: attention by blocks of queries, whose patterns are formed again when needed instead of kept
 
-    Attention implementation and ``requires_grad`` flags are put back on leaving, also after an error.
+    Attention and ``requires_grad`` flags are put back on leaving, also after an error.
     """
     configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
     before = {key: config._attn_implementation for key, config in configs.items()}
@@ -176,7 +176,8 @@ def twice_differentiable(model: PreTrainedModel, *, blockwise: bool = False) -> 
             config._attn_implementation = register() if blockwise else "eager"
         for parameter in trainable:
             parameter.requires_grad_(False)
-        yield
+        with methods(model) if blockwise else nullcontext():
+            yield
     finally:
         for key, config in configs.items():
             config._attn_implementation = before[key]
