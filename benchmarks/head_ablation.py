@@ -21,7 +21,10 @@ from flashtrace_plugin import reasoner
 from flashtrace_plugin.metrics import bootstrap
 
 DEFAULT_TASKS = ["variables, 2 hops", "variables, 4 hops", "needles"]
-POSITIONS = ("predicting", "token")
+DECIDING, EVERYWHERE = "deciding", "everywhere"
+VARIANTS = {"predicting": (DECIDING, EVERYWHERE), "token": (EVERYWHERE,)}
+"""Where heads are silenced, by the positions that were attributed: those that decide the answer, or all."""
+
 LARGEST, ANYWHERE, SAME_LAYERS, SMALLEST = "largest shares", "random", "random, same layers", "smallest shares"
 GAIN = "largest − same layers"
 
@@ -50,29 +53,38 @@ def largest(values: Tensor, count: int) -> Tensor:
     return torch.zeros_like(flat, dtype=torch.bool).scatter(-1, flat.topk(count).indices, True).view_as(values)
 
 
-def log_probability(bridge: Any, case: Case, silenced: Tensor) -> Tensor:
-    """log P of the answer's tokens, summed, for each set of silenced heads [sets, layer, head]; result: [sets]"""
-    hooks = [(f"blocks.{layer}.attn.hook_z", silence(silenced[:, layer])) for layer in range(silenced.shape[1])]
+def log_probability(bridge: Any, case: Case, silenced: Tensor, where: slice) -> Tensor:
+    """log P of the answer's tokens, summed, by set of heads.
+
+    silenced: [sets, layer, head];  where: the positions at which they are silenced;  result: [sets]
+    """
+    hooks = [(f"blocks.{layer}.attn.hook_z", silence(silenced[:, layer], where)) for layer in range(silenced.shape[1])]
     ids = case.input_ids.expand(len(silenced), -1)
     with torch.no_grad():
         logits = bridge.run_with_hooks(ids, fwd_hooks=hooks)
-    deciding = logits[:, case.target.start - 1 : case.target.stop - 1].log_softmax(-1)
-    return deciding.gather(-1, ids[:, case.target.slice, None]).sum((1, 2))
+    return logits[:, deciding(case)].log_softmax(-1).gather(-1, ids[:, case.target.slice, None]).sum((1, 2))
 
 
-def silence(heads: Tensor) -> Callable[[Tensor, Any], Tensor]:
+def deciding(case: Case) -> slice:
+    """The positions whose logits the answer's tokens are read from."""
+    return slice(case.target.start - 1, case.target.stop - 1)
+
+
+def silence(heads: Tensor, where: slice) -> Callable[[Tensor, Any], Tensor]:
     """A hook at ``hook_z`` [batch, pos, head, d_head] that zeroes the heads [batch, head] of its layer."""
 
     def hook(z: Tensor, hook: Any) -> Tensor:
-        return z.masked_fill(heads[:, None, :, None], 0)
+        changed = z.clone()
+        changed[:, where] = z[:, where].masked_fill(heads[:, None, :, None], 0)
+        return changed
 
     return hook
 
 
-def drops(bridge: Any, case: Case, sets: dict[str, Tensor]) -> dict[str, float]:
+def drops(bridge: Any, case: Case, sets: dict[str, Tensor], where: str) -> dict[str, float]:
     """Fall of the log probability by column, the mean over the column's sets; all of them in one forward pass."""
-    nothing = torch.zeros_like(sets[LARGEST])
-    whole, *found = log_probability(bridge, case, torch.cat([nothing, *sets.values()])).split(
+    nothing, places = torch.zeros_like(sets[LARGEST]), deciding(case) if where == DECIDING else slice(None)
+    whole, *found = log_probability(bridge, case, torch.cat([nothing, *sets.values()]), places).split(
         [1, *(len(group) for group in sets.values())]
     )
     falls = {name: float((whole - group).mean()) for name, group in zip(sets, found, strict=True)}
@@ -80,17 +92,18 @@ def drops(bridge: Any, case: Case, sets: dict[str, Tensor]) -> dict[str, float]:
 
 
 def run(model: Any, tokenizer: Any, kinds: Iterable[str], options: dict[str, int]) -> pd.DataFrame:
-    """One row for each task, sample and kind of positions; also how many of the largest shares lie in each layer."""
+    """One row for each task, sample and variant; also how many of the largest shares lie in each layer."""
     bridge, rows = bridge_for(model, tokenizer), []
     for kind in kinds:
         right, _ = draw(cases(model, tokenizer, kind, options["length"], options["seed"]), options["samples"])
         generator = torch.Generator().manual_seed(options["seed"])
         for case in tqdm(right, desc=kind, unit="sample"):
-            for positions in POSITIONS:
-                shares = head_shares(bridge, case, positions)
-                sets = choose(shares, options["heads"], options["draws"], generator)
+            for positions, places in VARIANTS.items():
+                sets = choose(head_shares(bridge, case, positions), options["heads"], options["draws"], generator)
                 layers = {f"L{layer}": int(n) for layer, n in enumerate(sets[LARGEST][0].sum(1))}
-                rows.append({"task": kind, "positions": positions} | drops(bridge, case, sets) | layers)
+                for where in places:
+                    key = {"task": kind, "positions": positions, "where": where}
+                    rows.append(key | drops(bridge, case, sets, where) | layers)
     return pd.DataFrame(rows)
 
 
@@ -103,15 +116,16 @@ def head_shares(bridge: Any, case: Case, positions: str) -> Tensor:
 
 
 def table(values: pd.DataFrame) -> pd.DataFrame:
-    """Means with intervals, a row for each task and kind of positions; last, where the largest shares lie."""
-    groups = values.groupby(["task", "positions"], sort=False)
+    """Means with intervals, a row for each task and variant; last, where the largest shares lie."""
+    groups = values.groupby(["task", "positions", "where"], sort=False)
     columns = (LARGEST, ANYWHERE, SAME_LAYERS, SMALLEST, GAIN)
     frame = pd.DataFrame({"n": groups.size().astype(str)} | {name: groups[name].agg(cell) for name in columns})
     layers = [name for name in values if name.startswith("L")]
     frame["largest shares in " + ", ".join(layers)] = [
         ", ".join(f"{group[name].mean():.1f}" for name in layers) for _, group in groups
     ]
-    frame.index = pd.Index([f"{task}; `{positions}`" for task, positions in frame.index], name="fall of log P(answer)")
+    names = [f"{task}; `{positions}`, {where}" for task, positions, where in frame.index]
+    frame.index = pd.Index(names, name="fall of log P(answer)")
     return frame
 
 
