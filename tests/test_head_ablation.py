@@ -27,7 +27,7 @@ def test_sets_of_heads():
 
 @pytest.mark.parametrize("where", [ablation.DECIDING, ablation.EVERYWHERE])
 def test_a_silenced_head_costs_what_its_missing_write_costs(where):
-    """The head's columns of the output projection set to zero do the same, everywhere."""
+    """Zeroing what the output projection reads of the head does the same in the plain model."""
     model, tokenizer = reasoner.load()
     (case,), _ = draw(cases(model, tokenizer, "variables, 2 hops", 64, 0), 1)
     heads = torch.zeros(1, 4, 4, dtype=torch.bool)

@@ -13,8 +13,9 @@ pytest.importorskip("transformer_lens")
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 
 import flashtrace_lens.capture as capture_module
-from flashtrace_lens import bridge_for, flashtrace, names_filter
+from flashtrace_lens import FlashTraceResult, bridge_for, flashtrace, names_filter
 from flashtrace_plugin import HETA, IFR, FlashTrace, RecursiveAttribution, Span, reasoner, tasks
+from flashtrace_plugin.errors import InputError
 from tests.tiny import random_ids, tiny, tiny_tokenizer
 
 LENGTH = 40
@@ -67,6 +68,22 @@ def test_text_has_the_positions_of_the_hugging_face_model(model, bridge):
     theirs = FlashTrace(model, tiny_tokenizer()).attribute(PROMPT, GENERATION)
     assert ours.tokens == theirs.tokens
     torch.testing.assert_close(ours.scores, theirs.scores, rtol=1e-5, atol=1e-6)
+
+
+def test_results_of_the_package_get_labels(bridge, result):
+    found = FlashTrace(bridge, hops=2).attribute_ids(
+        IDS, prompt_length=result.attribution.prompt.stop, target=Span(31, 36), reasoning=Span(17, 29)
+    )
+    labelled = FlashTraceResult.of(found)
+    assert labelled.attribution is found
+    assert_equal(labelled, result)
+    assert labelled.labels("component") == result.labels("component")
+
+
+def test_heta_has_no_components(bridge):
+    found = HETA(bridge, curvature=None, mask=None).attribute_ids(IDS, prompt_length=14, target=Span(36, 38))
+    with pytest.raises(InputError, match="no components"):
+        FlashTraceResult.of(found)
 
 
 @pytest.mark.parametrize("kept", [0, 5, 10**6])

@@ -67,6 +67,36 @@ class FlashTraceResult:
     closure_error: float
     attribution: Attribution
 
+    @classmethod
+    def of(cls, found: Attribution) -> FlashTraceResult:
+        """A result of flashtrace_plugin under TransformerLens' labels.
+
+        ``FlashTrace(bridge).attribute(prompt, generation)`` takes texts and finds the answer and its thinking in them;
+        this labels what it gives.
+
+        Raises:
+            InputError: For HETA, which has no shares of the residual stream.
+        """
+        if found.method == "heta":
+            raise InputError(
+                "HETA divides no residual stream, so it has no components; read attribution.components for its terms"
+            )
+        _, n_layers, n_heads = found.head_scores.shape
+        sublayers = (f"{layer}_{part}" for layer in range(n_layers) for part in ("attn_out", "mlp_out"))
+        return cls(
+            scores=found.scores,
+            hop_scores=found.hop_scores,
+            heads=found.head_scores,
+            # A hop that nothing reached was not run; its shares are all zero and divide nothing.
+            components=divide(found.residual_shares, found.mlp_shares) * (reached(found.reasoning_mass) > 0)[:, None],
+            reasoning_mass=found.reasoning_mass,
+            token_labels=[f"{token}_{i}" for i, token in enumerate(found.tokens)],
+            head_labels=[f"L{layer}H{head}" for layer in range(n_layers) for head in range(n_heads)],
+            component_labels=["embed", *sublayers],
+            closure_error=found.closure_error,
+            attribution=found,
+        )
+
     def values(self, unit: str = "token", *, hop: int | None = None) -> Tensor:
         """One number per prompt token, head or component, aligned with :meth:`labels`.
 
@@ -141,7 +171,8 @@ def flashtrace(
     if prompt_length is None:
         prompt_length = min(where.start, through.start if through else where.start)
     method = FlashTrace(bridge if cache is None else cache, hops=hops, recursion=recursion, positions=positions)
-    return _result(method.attribute_ids(ids, prompt_length=prompt_length, target=where, reasoning=through))
+    found = method.attribute_ids(ids, prompt_length=prompt_length, target=where, reasoning=through)
+    return FlashTraceResult.of(found)
 
 
 def as_span(name: str, positions: Positions, length: int) -> Span:
@@ -165,24 +196,6 @@ def _edges(name: str, positions: Positions, length: int) -> tuple[int, int]:
 def reached(reasoning_mass: Tensor) -> Tensor:
     """How much importance reaches each hop: prod_{m<k} rho_m (Eq. 12). reasoning_mass, result: [hops]"""
     return torch.cat([torch.ones(1), reasoning_mass[:-1]]).cumprod(0)
-
-
-def _result(found: Attribution) -> FlashTraceResult:
-    _, n_layers, n_heads = found.head_scores.shape
-    sublayers = (f"{layer}_{part}" for layer in range(n_layers) for part in ("attn_out", "mlp_out"))
-    return FlashTraceResult(
-        scores=found.scores,
-        hop_scores=found.hop_scores,
-        heads=found.head_scores,
-        # A hop that nothing reached was not run; its shares are all zero and divide nothing.
-        components=divide(found.residual_shares, found.mlp_shares) * (reached(found.reasoning_mass) > 0)[:, None],
-        reasoning_mass=found.reasoning_mass,
-        token_labels=[f"{token}_{i}" for i, token in enumerate(found.tokens)],
-        head_labels=[f"L{layer}H{head}" for layer in range(n_layers) for head in range(n_heads)],
-        component_labels=["embed", *sublayers],
-        closure_error=found.closure_error,
-        attribution=found,
-    )
 
 
 def divide(residual_shares: Tensor, mlp_shares: Tensor) -> Tensor:
