@@ -160,9 +160,11 @@ def paragraph_rows(
     rows = variants(found, seed) | {
         "FlashTrace, no hop": FlashTrace(model, hops=0).attribute_ids(case.input_ids, **case.spans).scores
     }
+    reached = {name: agreement(case, scores) for name, scores in rows.items()}
+    default = next(iter(reached.values()))["DSA"]
     right = answered(model, case)
-    for name, scores in rows.items():
-        yield {"seed": seed, "variant": name} | right | agreement(case, scores)
+    for name, values in reached.items():
+        yield {"seed": seed, "variant": name} | right | values | {"DSA less default's": values["DSA"] - default}
 
 
 def paragraphs(data: Path, name: str, form: str, seeds: int, curvatures: list[str], out: Path) -> None:
