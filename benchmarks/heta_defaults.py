@@ -167,6 +167,14 @@ def paragraph_rows(
         yield {"seed": seed, "variant": name} | right | values | {"DSA less default's": values["DSA"] - default}
 
 
+def sizes(files: Sequence[Path]) -> dict[str, float]:
+    """Median of each curvature and information over all tokens: raw terms are added as they are."""
+    kept = [Found(**torch.load(path)) for path in files]
+    parts = [{**found.S, **found.I} for found in kept]
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: float(torch.cat([part[name] for part in parts if name in part]).median()) for name in names}
+
+
 def paragraphs(data: Path, name: str, form: str, seeds: int, curvatures: list[str], out: Path) -> None:
     model, tokenizer = load(name)
     examples = json.loads(data.read_text(encoding="utf-8"))["examples"]
@@ -180,6 +188,7 @@ def paragraphs(data: Path, name: str, form: str, seeds: int, curvatures: list[st
             case = paragraph_case(tokenizer, example, form)
             rows += paragraph_rows(model, case, curvatures, seed, out / f"{form}-{seed}-{number}.pt")
             pd.DataFrame(rows).to_csv(out / f"{form}.csv", index=False)
+    print(f"\nmedians: { {name: f'{size:.3g}' for name, size in sizes(sorted(out.glob(f'{form}-*.pt'))).items()} }")
     values = pd.DataFrame(rows)
     print(f"\n**{form}**, {seeds} seeds\n\n{table(values)}\n\nwhere the model answers:\n")
     print(table(values[values["answered"] == 1]))
