@@ -178,20 +178,32 @@ def sizes(files: Sequence[Path]) -> dict[str, float]:
 def paragraphs(data: Path, name: str, form: str, seeds: int, curvatures: list[str], out: Path) -> None:
     model, tokenizer = load(name)
     examples = json.loads(data.read_text(encoding="utf-8"))["examples"]
-    for each in [each for each in FORMS if each != "chat" or tokenizer.chat_template]:
-        right = pd.DataFrame([answered(model, paragraph_case(tokenizer, e, each)) for e in tqdm(examples, desc=each)])
-        print(f"{each}: {dict(right.mean().round(3))}, n = {len(right)}", flush=True)
+    print_answers(model, tokenizer, examples)
     out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     for seed in range(seeds):
         for number, example in enumerate(tqdm(diagonal(examples, seed), desc=f"seed {seed}")):
             case = paragraph_case(tokenizer, example, form)
-            rows += paragraph_rows(model, case, curvatures, seed, out / f"{form}-{seed}-{number}.pt")
+            found = paragraph_rows(model, case, curvatures, seed, out / f"{form}-{seed}-{number}.pt")
+            rows += [{"support": example["sciq_id"]} | row for row in found]
             pd.DataFrame(rows).to_csv(out / f"{form}.csv", index=False)
     print(f"\nmedians: { {name: f'{size:.3g}' for name, size in sizes(sorted(out.glob(f'{form}-*.pt'))).items()} }")
-    values = pd.DataFrame(rows)
-    print(f"\n**{form}**, {seeds} seeds\n\n{table(values)}\n\nwhere the model answers:\n")
-    print(table(values[values["answered"] == 1]))
+    print_tables(pd.DataFrame(rows))
+
+
+def print_answers(model: Any, tokenizer: Any, examples: list[dict[str, Any]]) -> None:
+    """How likely the answer is in each form, and how often it is the likeliest."""
+    for form in [form for form in FORMS if form != "chat" or tokenizer.chat_template]:
+        found = pd.DataFrame([answered(model, paragraph_case(tokenizer, e, form)) for e in tqdm(examples, desc=form)])
+        print(f"{form}: p {found['p'].mean():.3f}, likeliest {found['answered'].mean():.2f}, n = {len(found)}")
+
+
+def print_tables(values: pd.DataFrame) -> None:
+    """Supports recur, so their means are the more careful sample."""
+    right = values[values["answered"] == 1]
+    supports = values.groupby(["variant", "support"], sort=False).mean(numeric_only=True).reset_index()
+    for title, part in {"all": values, "where the model answers": right, "means by support": supports}.items():
+        print(f"\n**{title}**\n\n{table(part)}")
 
 
 def main(
