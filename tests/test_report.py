@@ -244,6 +244,15 @@ def test_a_hop_without_mass_is_told():
     assert "no mass was left to follow" in read(attribution).text
 
 
+def test_hops_that_had_nothing_to_follow_are_not_shown():
+    attribution = made(reasoning=0, hops=2)
+    attribution.hop_scores[1:] = attribution.head_scores[1:] = 0
+    assert [row.number for row in hop_rows(attribution)] == [0]
+    page = read(attribution)
+    assert [s.text for s in next(page.all("nav")).all("label")][:2] == ["Total", "Hop 0"]
+    assert "Hop 1" not in page.text and "no mass was left" not in page.text
+
+
 def test_head_maps_name_the_strongest_heads():
     attribution = made(hops=0, layers=5, heads=3)
     attribution.head_scores[0, 4, 1] = 2.0

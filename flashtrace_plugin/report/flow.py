@@ -60,7 +60,7 @@ class HopRow:
 
 
 def hop_rows(attribution: Attribution) -> list[HopRow]:
-    """A row for every hop that covers all positions."""
+    """A row for every hop that covers all positions; none for hops that had no reasoning to follow."""
     cut = segments(attribution)
     hops = [h for h in attribution.hop_scores if len(h) == len(attribution.tokens)]
     rho = attribution.reasoning_mass.tolist()
@@ -72,6 +72,7 @@ def hop_rows(attribution: Attribution) -> list[HopRow]:
     return [
         HopRow(k, _shares(cut, hop), rho[k], carried[k], brought[k] / total, _strip(cut, hop))
         for k, hop in enumerate(hops)
+        if k == 0 or attribution.reasoning is not None or hop.any()
     ]
 
 

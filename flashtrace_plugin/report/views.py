@@ -76,7 +76,7 @@ def _total(attribution: Attribution) -> _Part:
 
 def _hops(attribution: Attribution) -> Iterator[_Part]:
     for k, values in enumerate(attribution.hop_scores):
-        if len(values) == len(attribution.tokens):
+        if len(values) == len(attribution.tokens) and (k == 0 or values.any()):
             yield "Hops, over all positions", f"Hop {k}", _hop_note(k), values
 
 
