@@ -26,7 +26,7 @@ class FlashTrace(LayerMethod):
                target, as the authors' facade does
     positions: "token", a token's own position stands for it, as in the paper; "predicting", the position to the
                left, whose logits produced it
-    ignore:    tokens left out of targets and scores, as ids or as the text of a token without surrounding space
+    ignore:    tokens left out of targets and scores, as ids or as a token's text, with or without space around
     """
 
     name = "flashtrace"
@@ -82,7 +82,7 @@ class FlashTrace(LayerMethod):
         words = {word for word in self.ignore if isinstance(word, str)}
         if words:
             texts = self._need_tokenizer().batch_decode([[i] for i in ids.tolist()])
-            ignored |= torch.tensor([text.strip() in words for text in texts])
+            ignored |= torch.tensor([text in words or text.strip() in words for text in texts])
         return ignored
 
 

@@ -99,3 +99,15 @@ def test_a_file_that_was_cut_off_is_refused(result, tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(data))
     with pytest.raises(InputError, match="lacks tokens"):
         Attribution.load(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("word", ["\n", " box", "box"])
+def test_tokens_are_ignored_by_their_text(word):
+    """With the space around it or without."""
+    model, tokenizer = tiny("llama"), tiny_tokenizer()
+    prompt, generation = "The key\nof the red box", " is in the garden."
+    (chosen,) = {i for i in tokenizer(prompt)["input_ids"] if tokenizer.decode(i).strip() == word.strip()}
+    by_text = FlashTrace(model, tokenizer, ignore=[word]).attribute(prompt, generation)
+    by_id = FlashTrace(model, tokenizer, ignore=[chosen]).attribute(prompt, generation)
+    assert torch.equal(by_text.scores, by_id.scores)
+    assert (by_text.scores == 0).any()
