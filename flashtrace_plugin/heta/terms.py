@@ -25,6 +25,7 @@ from flashtrace_plugin.core.information import information
 from flashtrace_plugin.core.layer import Layer
 from flashtrace_plugin.core.windows import Window, window_mean
 from flashtrace_plugin.errors import InputError, UnsupportedModelError
+from flashtrace_plugin.models.blockwise import applies
 from flashtrace_plugin.models.memory import forward_bytes, graph_bytes, product_bytes
 from flashtrace_plugin.models.tails import Tails, twice_differentiable
 
@@ -162,6 +163,7 @@ class Terms:
             if products:
                 self._check_second_derivative()
             with _differentiable(self.model, blockwise=blockwise):
+                self._check_same_function()
                 S = self._estimate(how, spans, batches)
         self.cost.hvps += batches.done
         return self._finite(S, "curvature")
@@ -186,7 +188,8 @@ class Terms:
     def _blockwise(self) -> bool:
         """Whether patterns are formed again by blocks of queries instead of kept: too large, or slower to read."""
         longest = KEPT_PATTERNS.get(self.X.device.type, len(self.X))
-        return len(self.X) > longest or graph_bytes(self.model, len(self.X)) > self.budget
+        too_long = len(self.X) > longest and applies(self.model)
+        return too_long or graph_bytes(self.model, len(self.X)) > self.budget
 
     def information(self, replacement: Tensor) -> Tensor:
         """I over the first n positions, in nats. replacement: [d]; result: [n], float32"""
@@ -213,6 +216,16 @@ class Terms:
                 f"{type(self.model).__name__} cannot be differentiated twice: products with the Hessian miss the "
                 f"change of the gradient by {gap:.0%} (bound {SECOND_DERIVATIVE_TOLERANCE:.0%}), so one of its own "
                 "autograd functions has no second derivative. Use curvature=None, or replace that kernel"
+            )
+
+    def _check_same_function(self) -> None:
+        """Under the kernel that is differentiated; the other terms run the model's own."""
+        gap = self.tails.gap()
+        if not gap <= self.tails.tolerance:
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} computes other log-probabilities with eager attention, which second "
+                f"derivatives need, than with its own kernel (largest difference {gap:.1e}, bound "
+                f"{self.tails.tolerance:.0e}); load it with attn_implementation='eager', or use curvature=None"
             )
 
     def _g(self, tail: Tensor, start: int) -> Tensor:

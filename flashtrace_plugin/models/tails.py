@@ -98,19 +98,33 @@ class Tails:
 
     def _check_reuse(self) -> None:
         """Raises UnsupportedModelError if running a tail gives other numbers than running the whole."""
-        start = len(self.embeddings) // 2
         if not self._layers or not all(isinstance(layer, DynamicLayer) for layer in self._layers):
             raise UnsupportedModelError(
                 f"{type(self.model).__name__} does not keep keys and values in a cache; HETA needs attention layers"
             )
-        tail = self.log_probs(self.embeddings[None, start:], start)[0]
-        gap = float((tail - self.whole[-len(tail) :]).abs().max())
-        bound = TOLERANCE.get(self.model.dtype, 0.5)
-        if not gap <= bound:
+        gap = self.gap()
+        if not gap <= self.tolerance:
             raise UnsupportedModelError(
                 f"{type(self.model).__name__} gives other log-probabilities when its cache is reused "
-                f"(largest difference {gap:.1e}, bound {bound:.0e}), so HETA's tails would be wrong"
+                f"(largest difference {gap:.1e}, bound {self.tolerance:.0e}), so HETA's tails would be wrong"
             )
+
+    @property
+    def tolerance(self) -> float:
+        """Largest difference of a log-probability that rounding explains; large logits are rounded more."""
+        dtype = self.model.dtype
+        return max(TOLERANCE.get(dtype, 0.5), 4 * torch.finfo(dtype).eps * float(self.whole.abs().max()))
+
+    def gap(self) -> float:
+        """Largest difference between the log-probabilities of the second half as they come now and those of the whole.
+
+        The run is not counted in ``forwards``.
+        """
+        start, before = len(self.embeddings) // 2, self.forwards
+        with torch.no_grad():
+            tail = self.log_probs(self.embeddings[None, start:], start)[0]
+        self.forwards = before
+        return float((tail - self.whole[-len(tail) :]).abs().max())
 
     def _chosen_block(self) -> nn.Module:
         if self.block is None:
