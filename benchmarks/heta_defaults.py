@@ -154,9 +154,9 @@ def paragraph_rows(
     model: Any, case: Case, curvatures: Sequence[str], seed: int, path: Path
 ) -> Iterator[dict[str, Any]]:
     """One row per variant. The terms are kept in a file, so that what is there is not computed again."""
-    known = Found(**torch.load(path)) if path.exists() else NOTHING
+    known = Found.load(path) if path.exists() else NOTHING
     found = terms(model, case, curvatures, ("zero", "mean"), seed=seed, known=known)
-    torch.save(vars(found), path)
+    found.save(path)
     rows = variants(found, seed) | {
         "FlashTrace, no hop": FlashTrace(model, hops=0).attribute_ids(case.input_ids, **case.spans).scores
     }
@@ -169,7 +169,7 @@ def paragraph_rows(
 
 def sizes(files: Sequence[Path]) -> dict[str, float]:
     """Median of each curvature and information over all tokens: raw terms are added as they are."""
-    kept = [Found(**torch.load(path)) for path in files]
+    kept = [Found.load(path) for path in files]
     parts = [{**found.S, **found.I} for found in kept]
     names = dict.fromkeys(name for part in parts for name in part)
     return {name: float(torch.cat([part[name] for part in parts if name in part]).median()) for name in names}
@@ -184,10 +184,12 @@ def paragraphs(data: Path, name: str, form: str, seeds: int, curvatures: list[st
     for seed in range(seeds):
         for number, example in enumerate(tqdm(diagonal(examples, seed), desc=f"seed {seed}")):
             case = paragraph_case(tokenizer, example, form)
-            found = paragraph_rows(model, case, curvatures, seed, out / f"{form}-{seed}-{number}.pt")
+            found = paragraph_rows(model, case, curvatures, seed, out / f"{form}-{seed}-{number}.safetensors")
             rows += [{"support": example["sciq_id"]} | row for row in found]
             pd.DataFrame(rows).to_csv(out / f"{form}.csv", index=False)
-    print(f"\nmedians: { {name: f'{size:.3g}' for name, size in sizes(sorted(out.glob(f'{form}-*.pt'))).items()} }")
+    print(
+        f"\nmedians: { {name: f'{size:.3g}' for name, size in sizes(sorted(out.glob(f'{form}-*.safetensors'))).items()} }"
+    )
     print_tables(pd.DataFrame(rows))
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flashtrace_plugin import HETA, Span
@@ -43,15 +45,19 @@ class Case:
 
 @dataclass(frozen=True)
 class Found:
-    """All terms of one case: gates M, curvatures S and informations I by name, each over the prompt."""
+    """All terms of one case: gates M, curvatures S and informations I by name, each over all that is before the target.
 
-    M: Mapping[str | None, Tensor]
+    prompt_length: how many of these positions are the prompt; scores are those of the prompt
+    """
+
+    M: Mapping[str, Tensor]
     S: Mapping[str, Tensor]
     I: Mapping[str, Tensor]  # noqa: E741  the paper's letter
+    prompt_length: int | None = None
 
     def scores(
         self,
-        gate: str | None = "flow",
+        gate: str = "flow",
         curvature: str = "full",
         mask: str = "zero",
         *,
@@ -61,36 +67,50 @@ class Found:
     ) -> Tensor:
         S, info = self.S[curvature], self.I[mask]
         if rescale:
-            S, info = S / S.max(), info / info.max()
-        return self.M[gate] * (beta * S + (1 - beta if gamma is None else gamma) * info)
+            S, info = S / S.max().clamp_min(TINY), info / info.max().clamp_min(TINY)
+        return (self.M[gate] * (beta * S + (1 - beta if gamma is None else gamma) * info))[: self.prompt_length]
+
+    def save(self, path: Path) -> None:
+        """Without the length of the prompt, which the case knows."""
+        save_file({f"{part}/{name}": x for part in "MSI" for name, x in getattr(self, part).items()}, path)
+
+    @classmethod
+    def load(cls, path: Path) -> Found:
+        kept: dict[str, dict[str, Tensor]] = {part: {} for part in "MSI"}
+        for key, x in load_file(path).items():
+            part, _, name = key.partition("/")
+            kept[part][name] = x
+        return cls(**kept)
 
 
 NOTHING = Found({}, {}, {})
+TINY = torch.finfo(torch.float32).tiny
 
 
 def terms(
     model: Any, case: Case, curvatures: Sequence[str], masks: Sequence[str], *, seed: int = 0, known: Found = NOTHING
 ) -> Found:
-    """All terms that are not ``known`` yet."""
+    """All terms: those that are ``known``, and the others computed."""
 
     def run(name: str, **options: Any) -> Tensor:
         heta = HETA(model, **({"gate": None, "curvature": None, "mask": None, "progress": False} | options), seed=seed)
-        return heta.attribute_ids(case.input_ids, **case.spans).components[name][: case.prompt_length]
+        return heta.attribute_ids(case.input_ids, **case.spans).components[name]
 
     def curvature(name: str) -> Tensor:
         return run("curvature", **({"curvature": "full"} | CURVATURES[name]))
 
     return Found(
-        dict(known.M) | {kind: run("gate", gate=kind) for kind in GATES if kind not in known.M},
+        dict(known.M) | {str(kind): run("gate", gate=kind) for kind in GATES if str(kind) not in known.M},
         dict(known.S) | {name: curvature(name) for name in curvatures if name not in known.S},
         dict(known.I) | {kind: run("information", mask=kind) for kind in masks if kind not in known.I},
+        case.prompt_length,
     )
 
 
 def variants(found: Found, seed: int) -> dict[str, Tensor]:
     """Scores by the name of their row."""
     rows = {"default: gate flow, full, zero mask, raw, beta 0.5": found.scores()}
-    rows |= {f"gate {gate or 'none'}": found.scores(gate) for gate in GATES[1:]}
+    rows |= {f"gate {str(gate).lower()}": found.scores(str(gate)) for gate in GATES[1:]}
     rows |= {f"curvature {name}": found.scores(curvature=name) for name in found.S if name != "full"}
     rows |= {f"mask {mask}": found.scores(mask=mask) for mask in found.I if mask != "zero"}
     rows |= {f"beta {beta}": found.scores(beta=beta) for beta in (0.0, 0.2, 0.8, 1.0)}
@@ -98,8 +118,9 @@ def variants(found: Found, seed: int) -> dict[str, Tensor]:
     rows["rescaled, gate per_head"] = found.scores("per_head", rescale=True)
     if "low rank" in found.S:
         rows["rescaled, low rank"] = found.scores(curvature="low rank", rescale=True)
-    rows |= {"transition only": found.M["flow"], "Hessian only": found.S["full"], "KL only": found.I["zero"]}
-    rows["random"] = torch.rand(len(found.S["full"]), generator=torch.Generator().manual_seed(seed))
+    alone = {"transition only": found.M["flow"], "Hessian only": found.S["full"], "KL only": found.I["zero"]}
+    rows |= {name: term[: found.prompt_length] for name, term in alone.items()}
+    rows["random"] = torch.rand(len(rows["KL only"]), generator=torch.Generator().manual_seed(seed))
     return rows
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from benchmarks import heta_defaults, heta_variants
-from flashtrace_plugin import HETA
-from tests.tiny import tiny, tiny_tokenizer
+from flashtrace_plugin import HETA, Span
+from tests.tiny import random_ids, tiny, tiny_tokenizer
 
 EXAMPLES = [
     {
@@ -67,13 +67,24 @@ def test_agreement_looks_at_the_paragraph_alone(tokenizer):
 
 
 def test_combined_terms_are_the_method_and_are_kept(model, tokenizer, tmp_path, monkeypatch):
-    case, path = heta_defaults.paragraph_case(tokenizer, EXAMPLES[0], "completion"), tmp_path / "terms.pt"
+    case, path = heta_defaults.paragraph_case(tokenizer, EXAMPLES[0], "completion"), tmp_path / "terms.safetensors"
     rows = list(heta_defaults.paragraph_rows(model, case, ["full"], 3, path))
-    found = heta_variants.variants(heta_variants.Found(**torch.load(path)), 3)
+    found = heta_variants.variants(heta_variants.Found.load(path), 3)
     expected = HETA(model, seed=3, progress=False).attribute_ids(case.input_ids, **case.spans).scores
     torch.testing.assert_close(found[next(iter(found))], expected, rtol=1e-4, atol=0)
     monkeypatch.setattr(heta_variants, "HETA", None)
     assert list(heta_defaults.paragraph_rows(model, case, ["full"], 3, path)) == rows
+
+
+@pytest.mark.parametrize(("name", "options"), [("", {}), ("rescaled, beta 0.2", {"beta": 0.2, "rescale": "max"})])
+def test_variants_are_the_method_with_reasoning_too(name, options, model):
+    """The maximum that rescaling divides by may lie on the reasoning."""
+    ids = random_ids(20)
+    case = heta_variants.Case(ids, 8, Span(18, 20), Span(8, 18), (1,), (2,))
+    rows = heta_variants.variants(heta_variants.terms(model, case, ["full"], ("zero",)), 0)
+    weights = options | ({"gamma": 1 - options["beta"]} if options else {})
+    expected = HETA(model, progress=False, **weights).attribute_ids(ids, **case.spans).scores
+    torch.testing.assert_close(rows[name or next(iter(rows))], expected, rtol=1e-4, atol=0)
 
 
 def test_rows_of_fewer_samples_say_so():
