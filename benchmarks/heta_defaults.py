@@ -187,9 +187,8 @@ def paragraphs(data: Path, name: str, form: str, seeds: int, curvatures: list[st
             found = paragraph_rows(model, case, curvatures, seed, out / f"{form}-{seed}-{number}.safetensors")
             rows += [{"support": example["sciq_id"]} | row for row in found]
             pd.DataFrame(rows).to_csv(out / f"{form}.csv", index=False)
-    print(
-        f"\nmedians: { {name: f'{size:.3g}' for name, size in sizes(sorted(out.glob(f'{form}-*.safetensors'))).items()} }"
-    )
+    medians = sizes(sorted(out.glob(f"{form}-*.safetensors")))
+    print("\nmedians: " + ", ".join(f"{name} {size:.3g}" for name, size in medians.items()))
     print_tables(pd.DataFrame(rows))
 
 
@@ -217,16 +216,17 @@ def main(
     model: Annotated[str, typer.Option(help="the model that reads them, as the command line takes it")] = "",
     form: Annotated[str, typer.Option(help=f"how it is asked: {', '.join(FORMS)}")] = "completion",
     curvature: Annotated[list[str] | None, typer.Option(help="a curvature besides full; all by default")] = None,
-    out: Annotated[
-        Path, typer.Option(help="folder for the terms of this model; what is there is not computed again")
-    ] = Path("heta_terms"),
+    out: Annotated[Path, typer.Option(help="terms are kept here, by model and data, and not computed again")] = Path(
+        "heta_terms"
+    ),
 ) -> None:
     if data is None:
         synthetic(kind or list(KINDS), samples, seeds, length)
     elif not model:
         raise typer.BadParameter("--data needs --model, a model that can read the paragraphs")
     else:
-        paragraphs(data, model, form, seeds, ["full", *(curvature or OF_THE_READER[1:])], out)
+        kept = out / f"{Path(model).stem} {data.stem}"
+        paragraphs(data, model, form, seeds, ["full", *(curvature or OF_THE_READER[1:])], kept)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Found:
-    """All terms of one case: gates M, curvatures S and informations I by name, each over all that is before the target.
+    """All terms of one case: gates M, curvatures S and informations I by name, over all that precedes the target.
 
     prompt_length: how many of these positions are the prompt; scores are those of the prompt
     """

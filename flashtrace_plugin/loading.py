@@ -26,7 +26,7 @@ def load(
     """A causal language model in evaluation mode, and its tokenizer.
 
     name:              a folder, a name on the Hugging Face hub, a GGUF file, or "reasoner" for the bundled model
-    dtype:             "auto" (as stored; float32 for quantised GGUF), "float32", "bfloat16" or "float16"
+    dtype:             "auto" (as stored; float32 for GGUF), "float32", "bfloat16" or "float16"
     device:            as torch names it; by default an accelerator if there is one
     trust_remote_code: runs code that comes with the model
     allow_pickle:      also reads weights that are not safetensors; such files can run code
@@ -59,15 +59,15 @@ def load(
     return model.to(where).eval(), tokenizer
 
 
-_UNREADABLE = (OSError, ValueError, struct.error)
-"""What transformers raises for a model that is not one; struct.error comes from a GGUF file that was cut off."""
+_UNREADABLE = (OSError, ValueError, OverflowError, struct.error)
+"""What transformers raises for a model that is not one; the last two come from damaged GGUF files."""
 
 
 def _source(name: str) -> tuple[str | Path, dict[str, str]]:
     """Where the model is, and the file in that folder if one file is all of it."""
     if name == REASONER:
         return _bundled(), {}
-    if name.endswith(".gguf"):
+    if name.lower().endswith(".gguf"):
         path = _checked_gguf(name)
         return path.parent, {"gguf_file": path.name}
     return _checked_folder(name), {}

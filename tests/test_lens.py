@@ -80,6 +80,14 @@ def test_results_of_the_package_get_labels(bridge, result):
     assert labelled.labels("component") == result.labels("component")
 
 
+@pytest.mark.parametrize("method", [IFR, lambda m: RecursiveAttribution(m, hops=2)])
+def test_tokens_of_labelled_results_have_their_scores(bridge, method):
+    found = method(bridge).attribute_ids(IDS, prompt_length=14, target=Span(31, 36), reasoning=Span(17, 29))
+    labelled = FlashTraceResult.of(found)
+    assert torch.equal(labelled.values("token"), found.scores)
+    assert [score for _, score in labelled.top(3)] == [score for _, _, score in found.top(3)]
+
+
 def test_heta_has_no_components(bridge):
     found = HETA(bridge, curvature=None, mask=None).attribute_ids(IDS, prompt_length=14, target=Span(36, 38))
     with pytest.raises(InputError, match="no components"):

@@ -104,6 +104,8 @@ class FlashTraceResult:
              reached it, ``prod_{m<k} rho_m`` (Eq. 12)
         """
         one_of("unit", unit, UNITS)
+        if unit == "token" and hop is None:
+            return self.scores
         per_hop = {"token": self.hop_scores[:, : len(self.scores)], "head": self.heads, "component": self.components}
         values = per_hop[unit].flatten(1)
         if hop is None:
