@@ -61,15 +61,16 @@ def recursions(model: Any, case: Case) -> dict[str, Tensor]:
 
 
 def measure(model: Any, case: Case, scores: Tensor) -> dict[str, float]:
+    found = {"recovery": recovery(scores, case.gold), "DSA": dsa(scores, case.gold, case.distractors)}
+    return found | deletion(model, case, scores)
+
+
+def deletion(model: Any, case: Case, scores: Tensor) -> dict[str, float]:
+    """What deleting the prompt's tokens in the order of their scores does to the answer."""
     curve = deletion_curve(
         model, case.input_ids, prompt_length=case.prompt_length, scores=scores, generation=case.target
     )
-    return {
-        "recovery": recovery(scores, case.gold),
-        "RISE": curve.rise,
-        "MAS": curve.mas(),
-        "DSA": dsa(scores, case.gold, case.distractors),
-    }
+    return {"RISE": curve.rise, "MAS": curve.mas()}
 
 
 def synthetic(kinds: list[str], samples: int, seeds: int, length: int) -> None:
@@ -151,9 +152,12 @@ def answered(model: Any, case: Case) -> dict[str, float]:
 
 
 def paragraph_rows(
-    model: Any, case: Case, curvatures: Sequence[str], seed: int, path: Path
+    model: Any, case: Case, curvatures: Sequence[str], seed: int, path: Path, *, deleted: Sequence[str] = ()
 ) -> Iterator[dict[str, Any]]:
-    """One row per variant. The terms are kept in a file, so that what is there is not computed again."""
+    """One row per variant. The terms are kept in a file, so that what is there is not computed again.
+
+    deleted: variants whose deletion curve is measured, which takes a few seconds each
+    """
     known = Found.load(path) if path.exists() else NOTHING
     found = terms(model, case, curvatures, ("zero", "mean"), seed=seed, known=known)
     found.save(path)
@@ -161,6 +165,8 @@ def paragraph_rows(
         "FlashTrace, no hop": FlashTrace(model, hops=0).attribute_ids(case.input_ids, **case.spans).scores
     }
     reached = {name: agreement(case, scores) for name, scores in rows.items()}
+    for name in set(deleted) & set(rows):
+        reached[name] |= deletion(model, case, rows[name])
     default = next(iter(reached.values()))["DSA"]
     right = answered(model, case)
     for name, values in reached.items():
@@ -175,7 +181,9 @@ def sizes(files: Sequence[Path]) -> dict[str, float]:
     return {name: float(torch.cat([part[name] for part in parts if name in part]).median()) for name in names}
 
 
-def paragraphs(data: Path, name: str, form: str, seeds: int, curvatures: list[str], out: Path) -> None:
+def paragraphs(
+    data: Path, name: str, form: str, seeds: int, curvatures: list[str], deleted: list[str], out: Path
+) -> None:
     model, tokenizer = load(name)
     examples = json.loads(data.read_text(encoding="utf-8"))["examples"]
     print_answers(model, tokenizer, examples)
@@ -184,7 +192,8 @@ def paragraphs(data: Path, name: str, form: str, seeds: int, curvatures: list[st
     for seed in range(seeds):
         for number, example in enumerate(tqdm(diagonal(examples, seed), desc=f"seed {seed}")):
             case = paragraph_case(tokenizer, example, form)
-            found = paragraph_rows(model, case, curvatures, seed, out / f"{form}-{seed}-{number}.safetensors")
+            path = out / f"{form}-{seed}-{number}.safetensors"
+            found = paragraph_rows(model, case, curvatures, seed, path, deleted=deleted)
             rows += [{"support": example["sciq_id"]} | row for row in found]
             pd.DataFrame(rows).to_csv(out / f"{form}.csv", index=False)
     medians = sizes(sorted(out.glob(f"{form}-*.safetensors")))
@@ -216,6 +225,7 @@ def main(
     model: Annotated[str, typer.Option(help="the model that reads them, as the command line takes it")] = "",
     form: Annotated[str, typer.Option(help=f"how it is asked: {', '.join(FORMS)}")] = "completion",
     curvature: Annotated[list[str] | None, typer.Option(help="a curvature besides full; all by default")] = None,
+    deleted: Annotated[list[str] | None, typer.Option(help="a variant whose RISE and MAS are measured too")] = None,
     out: Annotated[Path, typer.Option(help="terms are kept here, by model and data, and not computed again")] = Path(
         "heta_terms"
     ),
@@ -226,7 +236,7 @@ def main(
         raise typer.BadParameter("--data needs --model, a model that can read the paragraphs")
     else:
         kept = out / f"{Path(model).stem} {data.stem}"
-        paragraphs(data, model, form, seeds, ["full", *(curvature or OF_THE_READER[1:])], kept)
+        paragraphs(data, model, form, seeds, ["full", *(curvature or OF_THE_READER[1:])], deleted or [], kept)
 
 
 if __name__ == "__main__":

@@ -130,7 +130,15 @@ def table(values: pd.DataFrame) -> str:
     lines = ["| variant | " + " | ".join(metrics) + " |", "|---" * (len(metrics) + 1) + "|"]
     most = values["variant"].value_counts().max()
     for name, group in values.groupby("variant", sort=False):
-        found = [bootstrap(group[metric]) for metric in metrics]
+        found = [group[metric].dropna() for metric in metrics]
         label = name if len(group) == most else f"{name} (n = {len(group)})"
-        lines.append(f"| {label} | " + " | ".join(f"{e.mean:.3f} [{e.low:.3f}, {e.high:.3f}]" for e in found) + " |")
+        lines.append(f"| {label} | " + " | ".join(map(cell, found)) + " |")
     return "\n".join(lines)
+
+
+def cell(values: pd.Series) -> str:
+    """Mean and interval, or a dash for what was not measured."""
+    if values.empty:
+        return "–"
+    estimate = bootstrap(values)
+    return f"{estimate.mean:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"

@@ -109,7 +109,7 @@ def spans(ids: Any) -> tuple[tuple[int, int], tuple[int, int]]:
 
 def cell(part: str, length: int) -> str:
     code = f"from benchmarks.lens_memory import measure; measure({part!r}, {length})"
-    out = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    out = subprocess.run([sys.executable, "-W", "ignore", "-c", code], stdout=subprocess.PIPE, text=True, check=True)
     seconds, mib = (float(x) for x in out.stdout.split()[-2:])
     return f"{seconds:.2g} s, {mib:.0f} MiB"
 

@@ -87,6 +87,18 @@ def test_variants_are_the_method_with_reasoning_too(name, options, model):
     torch.testing.assert_close(rows[name or next(iter(rows))], expected, rtol=1e-4, atol=0)
 
 
+def test_deletion_is_measured_where_it_is_asked_for(model, tokenizer, tmp_path):
+    import pandas as pd
+
+    case = heta_defaults.paragraph_case(tokenizer, EXAMPLES[0], "completion")
+    path = tmp_path / "terms.safetensors"
+    rows = pd.DataFrame(heta_defaults.paragraph_rows(model, case, ["full"], 0, path, deleted=["KL only"]))
+    (measured,) = rows["variant"][rows["RISE"].notna()]
+    assert measured == "KL only"
+    lines = heta_variants.table(rows).splitlines()
+    assert sum(" – | – |" in line for line in lines) == len(rows) - 1
+
+
 def test_rows_of_fewer_samples_say_so():
     import pandas as pd
 
