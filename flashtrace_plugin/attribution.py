@@ -65,6 +65,11 @@ class Attribution:
         return len(self.hop_scores) - 1
 
     @property
+    def hop_weights(self) -> Tensor:
+        """How much importance reaches each hop, prod_{m<k} rho_m: its weight in the total (Eq. 12/24). [hops+1]"""
+        return torch.cat([self.reasoning_mass.new_ones(1), self.reasoning_mass[:-1]]).cumprod(0)
+
+    @property
     def totals(self) -> Tensor:
         """Accumulated importance of every position, on the scale of ``scores``, which are its prompt part: [N]::
 
@@ -72,8 +77,7 @@ class Attribution:
 
         What lies on the reasoning counts again on the prompt it is passed on to, so totals do not add up to 1.
         """
-        carried = torch.cat([self.reasoning_mass.new_ones(1), self.reasoning_mass[:-1]]).cumprod(0)
-        totals = carried @ self.hop_scores
+        totals = self.hop_weights @ self.hop_scores
         prompt = totals[self.prompt.slice].sum()
         totals = totals * (self.scores.sum() / prompt) if prompt > 0 else totals  # Eq. 31 renormalises IFR's prompt
         totals[self.prompt.slice] = self.scores

@@ -88,7 +88,7 @@ class FlashTraceResult:
             hop_scores=found.hop_scores,
             heads=found.head_scores,
             # A hop that nothing reached was not run; its shares are all zero and divide nothing.
-            components=divide(found.residual_shares, found.mlp_shares) * (reached(found.reasoning_mass) > 0)[:, None],
+            components=divide(found.residual_shares, found.mlp_shares) * (found.hop_weights > 0)[:, None],
             reasoning_mass=found.reasoning_mass,
             token_labels=[f"{token}_{i}" for i, token in enumerate(found.tokens)],
             head_labels=[f"L{layer}H{head}" for layer in range(n_layers) for head in range(n_heads)],
@@ -109,7 +109,7 @@ class FlashTraceResult:
         per_hop = {"token": self.hop_scores[:, : len(self.scores)], "head": self.heads, "component": self.components}
         values = per_hop[unit].flatten(1)
         if hop is None:
-            return reached(self.reasoning_mass) @ values
+            return self.attribution.hop_weights @ values
         if not -len(values) <= hop < len(values):
             raise InputError(f"hop {hop} does not exist; this result has hops 0 to {len(values) - 1}")
         return values[hop]
@@ -193,11 +193,6 @@ def _edges(name: str, positions: Positions, length: int) -> tuple[int, int]:
     start = 0 if chosen.start is None else chosen.start
     stop = length if chosen.stop is None else chosen.stop
     return start + length * (start < 0), stop + length * (stop < 0)
-
-
-def reached(reasoning_mass: Tensor) -> Tensor:
-    """How much importance reaches each hop: prod_{m<k} rho_m (Eq. 12). reasoning_mass, result: [hops]"""
-    return torch.cat([torch.ones(1), reasoning_mass[:-1]]).cumprod(0)
 
 
 def divide(residual_shares: Tensor, mlp_shares: Tensor) -> Tensor:

@@ -64,9 +64,7 @@ def hop_rows(attribution: Attribution) -> list[HopRow]:
     cut = segments(attribution)
     hops = [h for h in attribution.hop_scores if len(h) == len(attribution.tokens)]
     rho = attribution.reasoning_mass.tolist()
-    carried = [1.0]
-    for r in rho:
-        carried.append(carried[-1] * r)
+    carried = attribution.hop_weights.tolist()
     brought = [c * float(h[attribution.prompt.slice].sum()) for c, h in zip(carried, hops, strict=False)]
     total = sum(brought) or 1.0
     return [
