@@ -167,10 +167,13 @@ def paragraph_rows(
     reached = {name: agreement(case, scores) for name, scores in rows.items()}
     for name in set(deleted) & set(rows):
         reached[name] |= deletion(model, case, rows[name])
-    default = next(iter(reached.values()))["DSA"]
+    default = next(iter(reached.values()))
     right = answered(model, case)
     for name, values in reached.items():
-        yield {"seed": seed, "variant": name} | right | values | {"DSA less default's": values["DSA"] - default}
+        paired = {
+            f"{m} less default's": values[m] - default[m] for m in ("DSA", "MAS") if m in values and m in default
+        }
+        yield {"seed": seed, "variant": name} | right | values | paired
 
 
 def sizes(files: Sequence[Path]) -> dict[str, float]:

@@ -23,7 +23,7 @@ CURVATURES: dict[str, dict[str, Any]] = {
     "last 6 layers": {"last_layers": 6},
     "gradient squared": {"curvature": "gradient_squared"},
 }
-METRICS = ("recovery", "RISE", "MAS", "DSA", "DSA less default's", "inside")
+METRICS = ("recovery", "RISE", "MAS", "DSA", "DSA less default's", "MAS less default's", "inside")
 
 
 @dataclass(frozen=True)
