@@ -36,7 +36,7 @@ from tqdm import tqdm
 from benchmarks.method_comparison import KINDS, Case, cases, cell, draw, markdown
 from flashtrace_captum import HETA, IFR, FlashTrace, LLMTraceAttribution, TokenIdsInput
 from flashtrace_plugin import reasoner
-from flashtrace_plugin.metrics import bootstrap, deletion_curve, recovery
+from flashtrace_plugin.evaluation.metrics import bootstrap, deletion_curve, recovery
 
 COSTS = ("forwards", "of these with a gradient", "CPU seconds")
 QUALITY = ("recovery", "RISE", "MAS")

@@ -11,7 +11,7 @@ import transformers
 
 from flashtrace_plugin import FlashTrace, Span
 from flashtrace_plugin.errors import FlashTraceError
-from flashtrace_plugin.models.layouts import Layout, layout_for
+from flashtrace_plugin.models.read.layouts import Layout, layout_for
 from tests.test_families import check
 from tests.test_lens_families import NOT_BOOTED, NOT_DECOMPOSED
 from tests.tiny import FAMILIES, random_ids, tiny

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from benchmarks.method_comparison import KINDS, Case, cases, draw, markdown
 from flashtrace_lens import bridge_for, flashtrace
 from flashtrace_plugin import reasoner
-from flashtrace_plugin.metrics import bootstrap
+from flashtrace_plugin.evaluation.metrics import bootstrap
 
 DEFAULT_TASKS = ["variables, 2 hops", "variables, 4 hops", "needles"]
 DECIDING, EVERYWHERE = "deciding", "everywhere"

@@ -22,9 +22,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks.heta_variants import CURVATURES, NOTHING, Case, Found, table, terms, variants
-from flashtrace_plugin import HETA, FlashTrace, Span, reasoner, tasks
+from flashtrace_plugin import HETA, FlashTrace, Span, reasoner
+from flashtrace_plugin.evaluation import tasks
+from flashtrace_plugin.evaluation.metrics import deletion_curve, dsa, recovery
 from flashtrace_plugin.loading import load
-from flashtrace_plugin.metrics import deletion_curve, dsa, recovery
 from flashtrace_plugin.text import render, tokenize
 
 KINDS: dict[str, dict[str, Any]] = {

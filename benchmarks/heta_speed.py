@@ -25,17 +25,17 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrain
 
 from flashtrace_plugin import HETA, Span
 from flashtrace_plugin.core.batches import Batches
-from flashtrace_plugin.core.curvature import (
+from flashtrace_plugin.core.hessian.curvature import (
     OVERSAMPLING,
     HessianProducts,
     block_curvature,
     low_rank_curvature,
     rademacher,
 )
-from flashtrace_plugin.core.information import information, kl
-from flashtrace_plugin.heta import PRESETS
-from flashtrace_plugin.heta.terms import LARGEST_BATCH, WeightedTarget
-from flashtrace_plugin.models.tails import Tails, twice_differentiable
+from flashtrace_plugin.core.hessian.information import information, kl
+from flashtrace_plugin.methods.heta import PRESETS
+from flashtrace_plugin.methods.heta.terms import LARGEST_BATCH, WeightedTarget
+from flashtrace_plugin.models.derive.tails import Tails, twice_differentiable
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flashtrace_plugin import HETA, Span
-from flashtrace_plugin.metrics import bootstrap
+from flashtrace_plugin.evaluation.metrics import bootstrap
 
 GATES = ("flow", "per_head", "uniform", None)
 CURVATURES: dict[str, dict[str, Any]] = {

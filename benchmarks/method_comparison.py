@@ -21,11 +21,12 @@ import typer
 from torch import Tensor
 from tqdm import tqdm
 
-from flashtrace_plugin import HETA, IFR, FlashTrace, RecursiveAttribution, Span, reasoner, tasks
-from flashtrace_plugin.core.pattern import weighted_flow
-from flashtrace_plugin.metrics import Estimate, bootstrap, deletion_curve, log_likelihood, recovery
-from flashtrace_plugin.metrics.deletion import replacement_token
-from flashtrace_plugin.models.source import HuggingFaceSource
+from flashtrace_plugin import HETA, IFR, FlashTrace, RecursiveAttribution, Span, reasoner
+from flashtrace_plugin.core.flow.pattern import weighted_flow
+from flashtrace_plugin.evaluation import tasks
+from flashtrace_plugin.evaluation.metrics import Estimate, bootstrap, deletion_curve, log_likelihood, recovery
+from flashtrace_plugin.evaluation.metrics.deletion import replacement_token
+from flashtrace_plugin.models.read.source import HuggingFaceSource
 from flashtrace_plugin.text import tokenize
 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {

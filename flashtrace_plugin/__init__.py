@@ -11,18 +11,18 @@ from flashtrace_plugin.spans import Span
 
 if TYPE_CHECKING:
     from flashtrace_plugin.attribution import Attribution
-    from flashtrace_plugin.heta import HETA
-    from flashtrace_plugin.methods import IFR, FlashTrace, RecursiveAttribution
+    from flashtrace_plugin.methods.flashtrace import IFR, FlashTrace, RecursiveAttribution
+    from flashtrace_plugin.methods.heta import HETA
 
 __version__ = "0.1.0"
 
 # Imported on first use, so that importing the package does not wait for torch and transformers.
 _LAZY = {
     "Attribution": "flashtrace_plugin.attribution",
-    "FlashTrace": "flashtrace_plugin.methods",
-    "HETA": "flashtrace_plugin.heta",
-    "IFR": "flashtrace_plugin.methods",
-    "RecursiveAttribution": "flashtrace_plugin.methods",
+    "FlashTrace": "flashtrace_plugin.methods.flashtrace",
+    "HETA": "flashtrace_plugin.methods.heta",
+    "IFR": "flashtrace_plugin.methods.flashtrace",
+    "RecursiveAttribution": "flashtrace_plugin.methods.flashtrace",
 }
 
 __all__ = [

@@ -1,6 +1,6 @@
 """``python -m flashtrace_plugin`` is the command line."""
 
-from flashtrace_plugin.cli import main
+from flashtrace_plugin.cli.app import main
 
 if __name__ == "__main__":
     main()

@@ -13,11 +13,12 @@ from typing import Any
 from rich.console import Console
 from torch import Tensor
 
-from flashtrace_plugin import reasoner, tasks
+from flashtrace_plugin import reasoner
 from flashtrace_plugin.attribution import Attribution
+from flashtrace_plugin.evaluation import tasks
+from flashtrace_plugin.evaluation.tasks import Sample
 from flashtrace_plugin.report.flow import hop_rows
 from flashtrace_plugin.report.marks import percent
-from flashtrace_plugin.tasks import Sample
 
 HOPS = 4
 SEED = 0
@@ -64,7 +65,7 @@ def explain(sample: Sample) -> Attribution:
 
 def tell(sample: Sample, attribution: Attribution, console: Console) -> None:
     """Prints question, reasoning, answer, tokens, hops, and how much of the evidence was found."""
-    from flashtrace_plugin import terminal
+    from flashtrace_plugin.report import terminal
 
     reasoning = "none" if attribution.reasoning is None else attribution.text(attribution.reasoning)
     answer = attribution.text(attribution.target).strip()
@@ -115,7 +116,7 @@ def moved(attribution: Attribution) -> str:
 
 def found(sample: Sample, attribution: Attribution) -> str:
     """Whether the strongest tokens are the evidence, with the hops and without them."""
-    from flashtrace_plugin.metrics import recovery
+    from flashtrace_plugin.evaluation.metrics import recovery
 
     chain, others = statements(sample)
     prompt, count = attribution.prompt, strongest(attribution)

@@ -17,8 +17,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 
 from flashtrace_plugin import IFR, FlashTrace, Span
 from flashtrace_plugin.errors import ClosureError, InputError, UnsupportedModelError
-from flashtrace_plugin.models import layouts
-from flashtrace_plugin.models.layouts import Layout, register_layout
+from flashtrace_plugin.models.read import layouts
+from flashtrace_plugin.models.read.layouts import Layout, register_layout
 from tests.reference import dense
 from tests.tiny import PAD, random_ids, tiny
 

@@ -11,10 +11,10 @@ import torch
 from typer.testing import CliRunner
 
 from flashtrace_plugin import IFR, Attribution, FlashTrace, Span, __version__
-from flashtrace_plugin.cli import app
+from flashtrace_plugin.cli.app import app
 from flashtrace_plugin.errors import InputError
 from flashtrace_plugin.loading import checked_device, load, write
-from flashtrace_plugin.models.layouts import supported_families
+from flashtrace_plugin.models.read.layouts import supported_families
 from tests.tiny import tiny, tiny_tokenizer
 
 PROMPT = "The key of the red box is in the garden. Where is the key?\n"
@@ -162,7 +162,7 @@ def test_families_and_version():
 
 def test_help_does_not_wait_for_torch():
     code = (
-        "import sys; from typer.testing import CliRunner; from flashtrace_plugin.cli import app\n"
+        "import sys; from typer.testing import CliRunner; from flashtrace_plugin.cli.app import app\n"
         "assert CliRunner().invoke(app, ['attribute', '--help']).exit_code == 0\n"
         "assert not {'torch', 'transformers'} & set(sys.modules)"
     )

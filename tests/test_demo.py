@@ -6,8 +6,9 @@ import re
 
 import pytest
 
-from flashtrace_plugin import demo, reasoner, tasks
-from flashtrace_plugin.metrics import recovery
+from flashtrace_plugin import demo, reasoner
+from flashtrace_plugin.evaluation import tasks
+from flashtrace_plugin.evaluation.metrics import recovery
 
 pytest.importorskip("inseq")
 

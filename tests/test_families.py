@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from flashtrace_plugin import FlashTrace, Span
-from flashtrace_plugin.models.capture import logit_gap
-from flashtrace_plugin.models.layouts import supported_families
+from flashtrace_plugin.models.read.capture import logit_gap
+from flashtrace_plugin.models.read.layouts import supported_families
 from tests.reference import dense
 from tests.tiny import FAMILIES, random_ids, tiny
 

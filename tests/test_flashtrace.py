@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from benchmarks.authors import authors_flashtrace
 from benchmarks.flashtrace_speed import Case, build
 from flashtrace_plugin import IFR, ClosureError, FlashTrace, RecursiveAttribution, Span
-from flashtrace_plugin.core import pattern as pattern_module
-from flashtrace_plugin.core.pattern import QKPattern, StoredPattern, pattern_rows, weighted_flow
-from flashtrace_plugin.core.proximity import proximity, source_proximity
+from flashtrace_plugin.core.flow import pattern as pattern_module
+from flashtrace_plugin.core.flow.pattern import QKPattern, StoredPattern, pattern_rows, weighted_flow
+from flashtrace_plugin.core.flow.proximity import proximity, source_proximity
 from flashtrace_plugin.core.recursion import recurse
 from tests.reference import dense
 from tests.tiny import random_ids, tiny

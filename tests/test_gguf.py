@@ -10,7 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 from flashtrace_plugin import HETA, Attribution, FlashTrace
-from flashtrace_plugin.cli import app
+from flashtrace_plugin.cli.app import app
 from flashtrace_plugin.errors import InputError
 from flashtrace_plugin.loading import load
 from tests.tiny import tiny, tiny_tokenizer

@@ -8,23 +8,24 @@ from torch.nn.functional import softplus
 from transformers import PersimmonConfig, PersimmonForCausalLM
 
 from flashtrace_plugin import HETA, Attribution, Span, UnsupportedModelError
-from flashtrace_plugin.core import curvature, pattern
 from flashtrace_plugin.core.batches import Batches
-from flashtrace_plugin.core.curvature import (
+from flashtrace_plugin.core.flow import pattern
+from flashtrace_plugin.core.hessian import curvature
+from flashtrace_plugin.core.hessian.curvature import (
     block_curvature,
     gradient_squared,
     low_rank_curvature,
     rademacher,
 )
-from flashtrace_plugin.core.gate import flow_mass, per_head_mass
-from flashtrace_plugin.core.information import information
-from flashtrace_plugin.core.windows import windows
-from flashtrace_plugin.heta import ABLATIONS, PRESETS, terms
-from flashtrace_plugin.heta.terms import WeightedTarget, mask_vector
-from flashtrace_plugin.models import blockwise
-from flashtrace_plugin.models.blockwise import Layer
-from flashtrace_plugin.models.capture import capture
-from flashtrace_plugin.models.tails import Tails, twice_differentiable
+from flashtrace_plugin.core.hessian.gate import flow_mass, per_head_mass
+from flashtrace_plugin.core.hessian.information import information
+from flashtrace_plugin.core.hessian.windows import windows
+from flashtrace_plugin.methods.heta import ABLATIONS, PRESETS, terms
+from flashtrace_plugin.methods.heta.terms import WeightedTarget, mask_vector
+from flashtrace_plugin.models.derive import blockwise
+from flashtrace_plugin.models.derive.blockwise import Layer
+from flashtrace_plugin.models.derive.tails import Tails, twice_differentiable
+from flashtrace_plugin.models.read.capture import capture
 from tests.reference import heta as reference
 from tests.reference.dense import read_dense
 from tests.tiny import random_ids, tiny

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from flashtrace_plugin import HETA, InputError, Span, SpanError, UnsupportedModelError
-from flashtrace_plugin.models.tails import Tails
+from flashtrace_plugin.models.derive.tails import Tails
 from tests.tiny import random_ids, tiny, tiny_tokenizer
 
 IDS = random_ids(10, vocab_size=64)

@@ -28,7 +28,7 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "core").glob("*.py")), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", sorted((ROOT / "core").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
 def test_core_imports_torch_and_the_standard_library_only(path):
     allowed = set(sys.stdlib_module_names) | {"torch", "core", "errors", "flashtrace_plugin"}
     assert imports(path) <= allowed

@@ -14,8 +14,9 @@ from transformer_lens.model_bridge.sources import build_bridge_from_module
 
 import flashtrace_lens.capture as capture_module
 from flashtrace_lens import FlashTraceResult, bridge_for, flashtrace, names_filter
-from flashtrace_plugin import HETA, IFR, FlashTrace, RecursiveAttribution, Span, reasoner, tasks
+from flashtrace_plugin import HETA, IFR, FlashTrace, RecursiveAttribution, Span, reasoner
 from flashtrace_plugin.errors import InputError
+from flashtrace_plugin.evaluation import tasks
 from tests.tiny import random_ids, tiny, tiny_tokenizer
 
 LENGTH = 40

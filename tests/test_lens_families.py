@@ -11,7 +11,7 @@ from transformer_lens.model_bridge.sources import build_bridge_from_module
 
 from flashtrace_lens import bridge_for
 from flashtrace_plugin import ClosureError, FlashTrace, Span, UnsupportedModelError
-from flashtrace_plugin.models.layouts import supported_families
+from flashtrace_plugin.models.read.layouts import supported_families
 from tests.tiny import FAMILIES, random_ids, tiny
 
 LENGTH, PROMPT, REASONING, TARGET = 40, 14, Span(17, 29), Span(31, 36)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashtrace_plugin import FlashTrace, InputError, Span, SpanError, UnsupportedModelError
-from flashtrace_plugin.metrics import (
+from flashtrace_plugin.evaluation.metrics import (
     DeletionCurve,
     bootstrap,
     deletion_curve,
@@ -28,8 +28,8 @@ from flashtrace_plugin.metrics import (
     sensitivity,
     soft_faithfulness,
 )
-from flashtrace_plugin.metrics.deletion import replacement_token
-from flashtrace_plugin.metrics.scores import top_count
+from flashtrace_plugin.evaluation.metrics.deletion import replacement_token
+from flashtrace_plugin.evaluation.metrics.scores import top_count
 from tests.reference import metrics as reference
 from tests.tiny import EOS, PAD, VOCAB_SIZE, random_ids, tiny
 

@@ -7,11 +7,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM
 
 from flashtrace_plugin import reasoner
+from flashtrace_plugin.evaluation.tasks import make, variable_tracking
+from flashtrace_plugin.evaluation.tasks.vocabulary import MARKS, words
 from flashtrace_plugin.reasoner import evaluate, train
 from flashtrace_plugin.reasoner.batches import IGNORED, draw_body, draw_question, make_batch
 from flashtrace_plugin.reasoner.build import EOS, build_model, build_tokenizer
-from flashtrace_plugin.tasks import make, variable_tracking
-from flashtrace_plugin.tasks.vocabulary import MARKS, words
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashtrace_plugin.errors import InputError
-from flashtrace_plugin.tasks import TASKS, Sample, make, needle_retrieval, variable_tracking
-from flashtrace_plugin.tasks.vocabulary import NEEDLE_KEYS, NUMBERS, VARIABLES, noise_sentence, words
+from flashtrace_plugin.evaluation.tasks import TASKS, Sample, make, needle_retrieval, variable_tracking
+from flashtrace_plugin.evaluation.tasks.vocabulary import NEEDLE_KEYS, NUMBERS, VARIABLES, noise_sentence, words
 
 KEYS = {*VARIABLES, *NEEDLE_KEYS}
 
@@ -181,5 +181,5 @@ def test_noise_needs_room():
 
 
 def test_tasks_need_no_torch():
-    code = "import sys; sys.modules['torch'] = None; import flashtrace_plugin.tasks"
+    code = "import sys; sys.modules['torch'] = None; import flashtrace_plugin.evaluation.tasks"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -17,7 +17,7 @@ from flashtrace_captum.errors import CaptumInputError
 from flashtrace_captum.features import Features, TextInput, encode_prompt, features_of
 from flashtrace_captum.result import LLMTraceAttributionResult
 from flashtrace_plugin import Span, SpanError
-from flashtrace_plugin.metrics.likelihood import generation_logits, log_likelihood
+from flashtrace_plugin.evaluation.metrics.likelihood import generation_logits, log_likelihood
 from flashtrace_plugin.models.guard import check_model, evaluating
 from flashtrace_plugin.text import from_ids, pieces
 

@@ -13,7 +13,7 @@ from flashtrace_inseq.inputs import Input, Where
 from flashtrace_inseq.methods import PluginAttribution
 from flashtrace_inseq.outputs import FlashTraceSequenceOutput
 from flashtrace_plugin.errors import InputError
-from flashtrace_plugin.heta import HETA
+from flashtrace_plugin.methods.heta import HETA
 from flashtrace_plugin.spans import Span
 
 

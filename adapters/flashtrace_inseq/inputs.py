@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flashtrace_plugin.attribution import Attribution
 from flashtrace_plugin.errors import InputError
-from flashtrace_plugin.method import Method
+from flashtrace_plugin.methods.base import Method
 from flashtrace_plugin.spans import Span
 from flashtrace_plugin.text import from_ids
 

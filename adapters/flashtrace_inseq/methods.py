@@ -20,8 +20,8 @@ from flashtrace_inseq import aggregators, outputs  # noqa: F401  (defining an ag
 from flashtrace_inseq.inputs import Input, Where, encode, plain, split_options
 from flashtrace_inseq.outputs import FlashTraceSequenceOutput
 from flashtrace_plugin.errors import InputError
-from flashtrace_plugin.method import Method
-from flashtrace_plugin.methods import IFR, FlashTrace, RecursiveAttribution
+from flashtrace_plugin.methods.base import Method
+from flashtrace_plugin.methods.flashtrace import IFR, FlashTrace, RecursiveAttribution
 
 
 # Registry is a base once more, because Inseq takes every other subclass for a method with a name.

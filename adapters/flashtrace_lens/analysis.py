@@ -31,7 +31,7 @@ from torch import Tensor
 from flashtrace_lens.sources import as_ids, checked_bridge
 from flashtrace_plugin import Attribution, FlashTrace, Span
 from flashtrace_plugin.errors import InputError, SpanError
-from flashtrace_plugin.method import one_of
+from flashtrace_plugin.methods.base import one_of
 
 UNITS = ("token", "head", "component")
 

@@ -13,10 +13,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from flashtrace_plugin.core.layer import Layer
-from flashtrace_plugin.core.pattern import Pattern
+from flashtrace_plugin.core.flow.layer import Layer
+from flashtrace_plugin.core.flow.pattern import Pattern
 from flashtrace_plugin.errors import UnsupportedModelError
-from flashtrace_plugin.models.projection import by_head
+from flashtrace_plugin.models.read.projection import by_head
 
 PARTS = {
     "resid_pre": "hook_resid_pre",

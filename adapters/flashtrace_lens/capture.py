@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from flashtrace_lens.blocks import Block, blocks_of
-from flashtrace_plugin.core.layer import Layer
+from flashtrace_plugin.core.flow.layer import Layer
 from flashtrace_plugin.errors import InputError, UnsupportedModelError
 from flashtrace_plugin.models.guard import evaluating
 
@@ -54,7 +54,7 @@ class HookedPattern:
     call: Call
 
     def blocks(self, rows: Tensor) -> Iterator[tuple[slice, int, Tensor]]:
-        """See :class:`flashtrace_plugin.core.pattern.Pattern`."""
+        """See :class:`flashtrace_plugin.core.flow.pattern.Pattern`."""
         wanted, first_kept = self.positions[rows], len(self.positions) - self.A.shape[1]
         A = self.A[:, rows - first_kept] if rows[0] >= first_kept else self._again(wanted)
         yield slice(0, len(rows)), 0, A[..., : int(wanted[-1]) + 1].float()

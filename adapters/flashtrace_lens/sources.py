@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from flashtrace_lens.blocks import Block, blocks_of
 from flashtrace_lens.boot import is_verified, plain_model, verify
 from flashtrace_lens.capture import capture
-from flashtrace_plugin.core.layer import Layer
-from flashtrace_plugin.core.pattern import StoredPattern
+from flashtrace_plugin.core.flow.layer import Layer
+from flashtrace_plugin.core.flow.pattern import StoredPattern
 from flashtrace_plugin.errors import InputError, UnsupportedModelError
 from flashtrace_plugin.models.guard import check_ids
 

@@ -1,1 +1,1 @@
-"""The mathematics: tensors in, tensors out. Imports torch and nothing else."""
+"""Tensors in, tensors out: no model, no text, no host; torch only."""

@@ -9,8 +9,8 @@ reasoner.final_answer(text) == sample.answer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashtrace_plugin.tasks import Sample
-from flashtrace_plugin.tasks.vocabulary import THINK_CLOSE
+from flashtrace_plugin.evaluation.tasks import Sample
+from flashtrace_plugin.evaluation.tasks.vocabulary import THINK_CLOSE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM

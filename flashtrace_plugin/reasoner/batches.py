@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flashtrace_plugin.evaluation.tasks.body import Body, Statement, scatter
+from flashtrace_plugin.evaluation.tasks.generators import MAX_HOPS, draw_chains, draw_needles
+from flashtrace_plugin.evaluation.tasks.sample import Sample, ask
+from flashtrace_plugin.evaluation.tasks.vocabulary import NEEDLE_KEYS
 from flashtrace_plugin.reasoner.build import EOS
-from flashtrace_plugin.tasks.body import Body, Statement, scatter
-from flashtrace_plugin.tasks.generators import MAX_HOPS, draw_chains, draw_needles
-from flashtrace_plugin.tasks.sample import Sample, ask
-from flashtrace_plugin.tasks.vocabulary import NEEDLE_KEYS
 
 Vocabulary = dict[str, int]  # token id of each word
 Columns = tuple[list[int], ...]  # ids, positions, labels, segments

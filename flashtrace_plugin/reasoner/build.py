@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from flashtrace_plugin.tasks import vocabulary
+from flashtrace_plugin.evaluation.tasks import vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM

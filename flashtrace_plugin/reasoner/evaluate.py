@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from flashtrace_plugin import reasoner
 from flashtrace_plugin.errors import InputError
-from flashtrace_plugin.tasks import TASKS, Sample
+from flashtrace_plugin.evaluation.tasks import TASKS, Sample
 
 LENGTHS = (64, 128, 256, 512)
 BATCH = 50

@@ -1,0 +1,1 @@
+"""Weighted flow through attention and what it is worth: the decomposition behind FlashTrace."""

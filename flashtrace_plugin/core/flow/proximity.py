@@ -1,0 +1,69 @@
+"""L1 proximity (FlashTrace, Eq. 4/7): how much of a target vector disappears when one contribution is removed.
+
+Taken literally, ``|t|_1 - |t - c|_1`` subtracts two large numbers, and in float32 a contribution below a millionth
+of the target drowns in their rounding. With s = sign(t) it is the same as::
+
+    sum_m min(s_m c_m, 2 |t_m| - s_m c_m)  =  sum_m s_m c_m  -  2 sum_m relu(s_m c_m - |t_m|)
+
+which keeps small contributions to full precision, gives exactly 0 for c = 0, and is also less work: the first sum
+is linear in c, and the second needs one matrix product whose result is reduced while it is in cache.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flashtrace_plugin.core.flow.pattern import block_bytes
+
+BLOCK_BYTES = 1 << 20
+"""Size of one block of contributions on a CPU: it is written, reduced and dropped, so it should stay in cache."""
+
+
+def proximity(c: Tensor, t: Tensor) -> Tensor:
+    """prox(c, t) = max(0, |t|_1 - |t - c|_1).
+
+    c:      [..., d]
+    t:      [..., d]
+    result: [...]     float32, positively homogeneous: prox(a c, a t) = a prox(c, t)
+    """
+    t, c = t.float(), c.float()
+    along = c * _sign(t)
+    return torch.minimum(along, 2 * t.abs() - along).sum(-1).clamp_min(0)
+
+
+def source_proximity(flow: Tensor, v: Tensor, W_O: Tensor, t: Tensor) -> Tensor:
+    """Proximity of every source's contribution through every head (Eq. 6/18/19).
+
+    The contribution of source j through head h is ``c = flow[h, j] * (v[h, j] W_O[h])``; all N·H of them would
+    be N·H·d numbers, so they are made and reduced block by block.
+
+    flow:   [B, H, N]       one set of flows per target vector
+    v:      [H_kv, N, d_h]
+    W_O:    [H, d_h, d]     float32, post-norm gain folded in
+    t:      [B, d]          aggregated targets, float32
+    result: [B, H, N]       float32
+    """
+    return torch.stack([_one_target(f, v, W_O, target) for f, target in zip(flow, t, strict=True)])
+
+
+def _one_target(flow: Tensor, v: Tensor, W_O: Tensor, t: Tensor) -> Tensor:
+    """flow: [H, N], t: [d] -> [H, N]"""
+    heads, length = flow.shape
+    group, width = heads // v.shape[0], len(t)
+    size = max(16, block_bytes(t.device, BLOCK_BYTES) // (4 * width))
+    block = t.new_empty(min(size, length), width)
+    along, below = W_O * _sign(t), -t.abs()
+    out = torch.empty_like(flow)
+    for h in range(heads):
+        z = flow[h, :, None] * v[h // group].float()
+        linear = z @ along[h].sum(-1)
+        for begin in range(0, length, size):
+            part = slice(begin, min(begin + size, length))
+            over = torch.addmm(below, z[part], along[h], out=block[: part.stop - begin])
+            out[h, part] = linear[part] - 2 * over.relu_().sum(-1)
+    return out.clamp_min_(0)
+
+
+def _sign(t: Tensor) -> Tensor:
+    return torch.where(t >= 0, 1.0, -1.0)

@@ -1,0 +1,1 @@
+"""The terms of HETA: gate, curvature and information."""

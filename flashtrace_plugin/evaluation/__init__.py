@@ -1,0 +1,1 @@
+"""Measuring explanations: metrics, tasks with known evidence, baselines, cases and tables."""

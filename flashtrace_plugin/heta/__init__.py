@@ -1,6 +1,0 @@
-"""HETA: the method, its three terms read from a model, and the settings that the paper names."""
-
-from flashtrace_plugin.heta.method import HETA
-from flashtrace_plugin.heta.options import ABLATIONS, PRESETS
-
-__all__ = ["ABLATIONS", "HETA", "PRESETS"]

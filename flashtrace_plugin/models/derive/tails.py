@@ -1,0 +1,199 @@
+"""A model as a function of what stands in a tail of the sequence, with the unchanged prefix reused.
+
+Masking a token or moving its embedding changes nothing before that token, so the keys and values of what precedes
+it are computed once and every later run covers the tail only. The numbers are those of the whole sequence.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from flashtrace_plugin.errors import InputError, UnsupportedModelError
+from flashtrace_plugin.models.derive.blockwise import methods, register
+from flashtrace_plugin.models.read.layouts import layout_for
+
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
+"""Largest difference of a log-probability with and without reuse; 0.5 for half precision."""
+
+
+class Tails:
+    """log P(· | x_<=p) at the predicting positions, as a function of the vectors from some position on.
+
+    model:       a decoder of transformers
+    input_ids:   [1, N]  the sequence up to the last predicting position
+    rows:        number of predicting positions; they are the last of the N
+    last_layers: also note the hidden states that enter the last so many layers
+
+    embeddings:  [N, d]  what the embedding module gives; factors and position embeddings come later, in the model
+    hidden:      [N, d]  the hidden states that enter layer L - last_layers, or None
+    forwards:    sequences run so far
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, input_ids: Tensor, rows: int, *, last_layers: int | None = None
+    ) -> None:
+        self.model, self.rows, self.forwards = model, rows, 0
+        self.block = None if last_layers is None else _block(model, last_layers)
+        self.keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self.hidden: Tensor | None = None
+        self.cache = DynamicCache()
+        with torch.no_grad():
+            self.embeddings = model.get_input_embeddings()(input_ids)[0].detach()
+            self._fill()
+            self._check_reuse()
+
+    def log_probs(self, tails: Tensor, start: int) -> Tensor:
+        """From embeddings. tails: [B, N - start, d]; result: [B, r, V] for the rows that are not before ``start``"""
+        return self._run(tails, start, use_cache=False, past_key_values=self._prefix(start))
+
+    def log_probs_from_hidden(self, tails: Tensor, start: int) -> Tensor:
+        """The same from the hidden states that enter layer L - last_layers. tails: [B, N - start, d]"""
+        embeddings = self.embeddings[start:].expand_as(tails)
+        with _entering(self._chosen_block(), lambda _: tails):
+            return self.log_probs(embeddings, start)
+
+    def _run(self, tails: Tensor, start: int, **options: Any) -> Tensor:
+        rows = min(self.rows, tails.shape[1])
+        if self.keeps_logits:
+            options["logits_to_keep"] = rows
+        logits = self.model(inputs_embeds=tails, **options).logits[:, -rows:]
+        self.forwards += len(tails)
+        # Half precision ends here: log-probabilities and all that is summed over them are float32.
+        return (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
+
+    def _fill(self) -> None:
+        """Keys and values of the whole sequence, and the hidden states that enter the chosen layer."""
+
+        def note(hidden: Tensor) -> Tensor:
+            self.hidden = hidden.detach()[0].clone()
+            return hidden
+
+        with _entering(self.block, note) if self.block is not None else nullcontext():
+            log_probs = self._run(self.embeddings[None], 0, use_cache=True, past_key_values=self.cache)
+        if not bool(torch.isfinite(log_probs).all()):
+            raise InputError(
+                f"the model's log-probabilities are not finite in {self.model.dtype}; log-softmax and sums are "
+                "float32, but weights and activations keep the model's own type: load it in bfloat16 or float32"
+            )
+        self.whole = log_probs[0]
+
+    def _prefix(self, stop: int) -> Cache | None:
+        if stop == 0:
+            return None
+        return Cache(
+            layers=[_Prefix(layer.keys[..., :stop, :], layer.values[..., :stop, :]) for layer in self._layers]
+        )
+
+    @property
+    def _layers(self) -> list[Any]:
+        return self.cache.layers
+
+    def _check_reuse(self) -> None:
+        """Raises UnsupportedModelError if running a tail gives other numbers than running the whole."""
+        if not self._layers or not all(isinstance(layer, DynamicLayer) for layer in self._layers):
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} does not keep keys and values in a cache; HETA needs attention layers"
+            )
+        gap = self.gap()
+        if not gap <= self.tolerance:
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} gives other log-probabilities when its cache is reused "
+                f"(largest difference {gap:.1e}, bound {self.tolerance:.0e}), so HETA's tails would be wrong"
+            )
+
+    @property
+    def tolerance(self) -> float:
+        """Largest difference of a log-probability that rounding explains; large logits are rounded more."""
+        dtype = self.model.dtype
+        return max(TOLERANCE.get(dtype, 0.5), 4 * torch.finfo(dtype).eps * float(self.whole.abs().max()))
+
+    def gap(self) -> float:
+        """Largest difference between the log-probabilities of the second half as they come now and those of the whole.
+
+        The run is not counted in ``forwards``.
+        """
+        start, before = len(self.embeddings) // 2, self.forwards
+        with torch.no_grad():
+            tail = self.log_probs(self.embeddings[None, start:], start)[0]
+        self.forwards = before
+        return float((tail - self.whole[-len(tail) :]).abs().max())
+
+    def _chosen_block(self) -> nn.Module:
+        if self.block is None:
+            raise ValueError("hidden states need last_layers")
+        return self.block
+
+
+class _Prefix(DynamicLayer):
+    """Keys and values that precede those of every call and are never changed by it."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self.keys, self.values = keys, values
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return _after(self.keys, key_states), _after(self.values, value_states)
+
+
+def _after(prefix: Tensor, states: Tensor) -> Tensor:
+    return torch.cat([prefix.expand(len(states), -1, -1, -1), states], -2)
+
+
+def _block(model: PreTrainedModel, last_layers: int) -> nn.Module:
+    """The first of the last so many blocks."""
+    blocks = list(model.get_submodule(layout_for(model.config).blocks).children())
+    if not 1 <= last_layers <= len(blocks):
+        raise InputError(f"last_layers must be between 1 and the model's {len(blocks)} layers, got {last_layers}")
+    return blocks[len(blocks) - last_layers]
+
+
+@contextmanager
+def _entering(block: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """While active, the hidden states that enter ``block`` pass through ``change``."""
+
+    def hook(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if args:
+            return (change(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
+
+    handle = block.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def twice_differentiable(model: PreTrainedModel, *, blockwise: bool = False) -> Iterator[None]:
+    """Switches to eager attention, which has second derivatives as fused kernels have not, and freezes parameters.
+
+    blockwise: attention by blocks of queries, whose patterns are formed again when needed instead of kept
+
+    Attention and ``requires_grad`` flags are put back on leaving, also after an error.
+    """
+    configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
+    before = {key: config._attn_implementation for key, config in configs.items()}
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for config in configs.values():
+            config._attn_implementation = register() if blockwise else "eager"
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        with methods(model) if blockwise else nullcontext():
+            yield
+    finally:
+        for key, config in configs.items():
+            config._attn_implementation = before[key]
+        for parameter in trainable:
+            parameter.requires_grad_(True)

@@ -1,0 +1,188 @@
+"""Queries, keys and values as attention really reads them, from the untouched model and its own kernel.
+
+Transformers hands every attention module's ``q, k, v`` (after rotary embedding and norms), mask, scaling,
+soft cap and sinks to a function chosen by name. For each kernel a second name is registered, ``recorded_<kernel>``,
+which notes these and then calls the kernel itself, so the forward pass computes what it always computes.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from flashtrace_plugin.errors import UnsupportedModelError
+
+PREFIX = "recorded_"
+
+Note = Callable[[nn.Module, "AttentionCall"], None]
+_note: ContextVar[Note | None] = ContextVar("flashtrace_attention_note", default=None)
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """What one attention module handed to its kernel.
+
+    kernel: "sdpa", "eager", ...
+    q: [1, H, N, d_k];  k: [1, H_kv, N, d_k];  v: [1, H_kv, N, d_h];  mask: the kernel's own form, or None
+    """
+
+    kernel: str
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Any
+    options: dict[str, Any]
+
+
+def kernel(module: nn.Module, name: str) -> Callable[..., Any]:
+    if name != "eager":
+        return ALL_ATTENTION_FUNCTIONS[name]
+    # Each modelling file has its own eager function; a subclass defined elsewhere inherits that of its parent.
+    files = (inspect.getmodule(cls) for cls in type(module).__mro__)
+    return next(f.eager_attention_forward for f in files if hasattr(f, "eager_attention_forward"))  # type: ignore
+
+
+def _recorded(name: str) -> Callable[..., Any]:
+    def attention(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, *args: Any, **options: Any) -> Any:
+        note = _note.get()
+        if note is not None:
+            note(module, AttentionCall(name, q, k, v, mask, options))
+        return kernel(module, name)(module, q, k, v, mask, *args, **options)
+
+    return attention
+
+
+def _register(name: str) -> str:
+    recorded = PREFIX + name
+    AttentionInterface.register(recorded, _recorded(name))
+    # The mask depends on the kernel's name, so the recorded name must build the same one.
+    AttentionMaskInterface.register(recorded, ALL_MASK_ATTENTION_FUNCTIONS[name])
+    return recorded
+
+
+@contextmanager
+def recording(model: PreTrainedModel, note: Note) -> Iterator[None]:
+    """While active, ``note`` sees what every attention module of ``model`` hands to its kernel.
+
+    The attention implementation of every configuration in the model is put back on leaving, also after an error.
+    """
+    configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
+    before = {key: config._attn_implementation for key, config in configs.items()}
+    token = _note.set(note)
+    try:
+        for key, config in configs.items():
+            config._attn_implementation = _register(before[key] or "eager")
+        yield
+    finally:
+        for key, config in configs.items():
+            config._attn_implementation = before[key]
+        _note.reset(token)
+
+
+class MaskReader:
+    """Reads masks once: one serves every layer of its kind, and N x N comparisons cost as much as attention itself."""
+
+    def __init__(self) -> None:
+        self._known: list[tuple[Any, tuple[Tensor | None, Tensor | None]]] = []
+
+    def read(self, call: AttentionCall) -> tuple[Tensor | None, Tensor | None]:
+        """The mask as one interval of keys per query, ``first_key[i]..i``, and what else is added to the scores.
+
+        Causal masks, sliding windows, chunks and left padding are intervals, so N numbers replace an N x N tensor.
+
+        result: first_key [N] or None (plain causal attention), bias [H or 1, N or 1, N] or None
+        """
+        first, bias = self._mask(call)
+        extra = call.options.get("position_bias")
+        if extra is None:
+            return first, bias
+        return first, extra[0].detach() if bias is None else bias + extra[0].detach()
+
+    def _mask(self, call: AttentionCall) -> tuple[Tensor | None, Tensor | None]:
+        if call.mask is None:
+            return first_keys(call), None
+        for mask, parts in self._known:
+            if mask is call.mask:
+                return parts
+        parts = first_keys(call), _mask_bias(call)
+        self._known.append((call.mask, parts))
+        return parts
+
+
+def first_keys(call: AttentionCall) -> Tensor | None:
+    """First key that each query reads [N], or None for plain causal attention.
+
+    Raises UnsupportedModelError if a query reads anything but an interval of keys that ends at itself.
+    """
+    mask, length = call.mask, call.q.shape[-2]
+    if isinstance(mask, BlockMask):
+        return _interval(length, lambda rows, keys: mask.mask_mod(*_zeros(rows), rows, keys), call.q.device)
+    if "flash" in call.kernel:
+        return _flash_start(call)
+    if mask is None:
+        return None
+    seen = mask[0, 0, :length, :length]
+    if seen.dtype != torch.bool:
+        seen = seen > torch.finfo(seen.dtype).min / 2
+    return _interval(length, lambda rows, keys: seen[rows[:, 0]], seen.device)
+
+
+def _mask_bias(call: AttentionCall) -> Tensor | None:
+    """What a float mask adds where it lets through: [H or 1, N, N], or None."""
+    if not isinstance(call.mask, Tensor) or not call.mask.is_floating_point():
+        return None
+    length = call.q.shape[-2]
+    added = call.mask[0, :, :length, :length]
+    biased = any(bool((rows * (rows > torch.finfo(rows.dtype).min / 2)).any()) for rows in added.split(_ROWS, 1))
+    return added.detach() if biased else None
+
+
+def _flash_start(call: AttentionCall) -> Tensor | None:
+    if call.mask is not None:
+        raise UnsupportedModelError(
+            "flash attention was given a padding mask; pass one sequence at a time, without padding"
+        )
+    window = call.options.get("sliding_window")
+    if window is None:
+        return None
+    return (torch.arange(call.q.shape[-2], device=call.q.device) - window + 1).clamp_min(0)
+
+
+def _zeros(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Batch and head for which flex attention's mask is read."""
+    return rows.new_zeros(()), rows.new_zeros(())
+
+
+_ROWS = 256
+
+
+def _interval(length: int, seen: Callable[[Tensor, Tensor], Tensor], device: torch.device) -> Tensor | None:
+    """First allowed key per query [N]; None if it is 0 everywhere. ``seen(rows [r, 1], keys [N])`` is [r, N] bool."""
+    keys = torch.arange(length, device=device)
+    first = torch.cat([_block_start(seen, rows[:, None], keys) for rows in keys.split(_ROWS)])
+    return None if bool((first == 0).all()) else first
+
+
+def _block_start(seen: Callable[[Tensor, Tensor], Tensor], queries: Tensor, keys: Tensor) -> Tensor:
+    rows = seen(queries, keys).expand(len(queries), len(keys))
+    # A query that may see nothing (padding) is given itself, so that its softmax stays finite.
+    blind = ~rows.any(-1)
+    first = torch.where(blind, queries[:, 0], rows.to(torch.uint8).argmax(-1))
+    interval = (keys >= first[:, None]) & (keys <= queries)
+    if not bool(((interval == rows).all(-1) | blind).all()):
+        raise UnsupportedModelError(
+            "the attention mask is not one interval of keys ending at each query; only causal masks "
+            "(also with a window, chunks or padding) can be attributed"
+        )
+    return first

@@ -1,0 +1,118 @@
+"""Streaming capture: one forward pass of the untouched model, noting what attribution needs and no more.
+
+Kept per layer: queries and residual stream at the rows that may carry weight, keys and values at all
+positions. That is O(N d); no attention pattern is ever stored.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from flashtrace_plugin.core.flow.layer import Layer
+from flashtrace_plugin.errors import ClosureError, InputError, UnsupportedModelError
+from flashtrace_plugin.models.guard import evaluating
+from flashtrace_plugin.models.read.attention import AttentionCall, MaskReader, recording
+from flashtrace_plugin.models.read.block import BlockRecorder
+from flashtrace_plugin.models.read.layouts import Layout, layout_for
+
+CHECKED_TOKENS = 128
+"""The first run of a model compares its logits with and without recording on this many tokens."""
+
+LOGIT_TOLERANCE = 1e-5
+
+_verified: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def capture(model: PreTrainedModel, input_ids: Tensor, rows: Tensor) -> list[Layer]:
+    """Runs the model once and returns its layers, ready for :mod:`flashtrace_plugin.core`.
+
+    input_ids: [1, N]
+    rows:      [r]     positions that may carry weight, increasing
+
+    Raises UnsupportedModelError for a family that is not in the table or a block that its layout does not fit,
+    InputError for activations that are not finite, ClosureError when recording changes the model's logits or a
+    parallel block does not add up. The model is left as it was found.
+    """
+    layout = layout_for(model.config)
+    with torch.no_grad(), evaluating(model):
+        if model not in _verified:
+            _verify_logits(model, input_ids[:, :CHECKED_TOKENS])
+        recorders, _ = _record(model, layout, input_ids, rows)
+        return [recorder.layer() for recorder in recorders]
+
+
+def _record(
+    model: PreTrainedModel, layout: Layout, input_ids: Tensor, rows: Tensor
+) -> tuple[list[BlockRecorder], Tensor]:
+    masks, family = MaskReader(), family_name(model)
+    recorders = [
+        BlockRecorder(block, layout, rows, f"{family}, layer {i}", masks)
+        for i, block in enumerate(_blocks(model, layout))
+    ]
+    by_module = {recorder.attn: recorder for recorder in recorders}
+
+    def note(module: nn.Module, call: AttentionCall) -> None:
+        if module in by_module:
+            by_module[module].attention(module, call)
+
+    with ExitStack() as stack:
+        if layout.reader is None:
+            stack.enter_context(recording(model, note))
+        for recorder in recorders:
+            stack.enter_context(recorder.watching())
+        logits = _last_logits(model, input_ids)
+    if not bool(torch.isfinite(logits).all()):
+        raise InputError(
+            "the model's activations are not finite (NaN or infinity in the logits); "
+            "check the weights, or load the model in bfloat16 or float32"
+        )
+    return recorders, logits
+
+
+def family_name(model: PreTrainedModel) -> str:
+    """The family as the table of layouts spells it: the text model's ``model_type``."""
+    return model.config.get_text_config().model_type
+
+
+def _blocks(model: PreTrainedModel, layout: Layout) -> list[nn.Module]:
+    try:
+        blocks = model.get_submodule(layout.blocks)
+    except AttributeError:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no {layout.blocks!r}, where family {family_name(model)!r} keeps its blocks. "
+            "If it is a multimodal model, register_layout(model.config.model_type, Layout(blocks=...)) says where "
+            "its text blocks are"
+        ) from None
+    return list(blocks.children())
+
+
+def _last_logits(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
+    """Logits of the last position [vocabulary]; the others are never computed where the model can skip them."""
+    options = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    return model(input_ids=input_ids, use_cache=False, **options).logits[0, -1]
+
+
+def logit_gap(model: PreTrainedModel, input_ids: Tensor) -> float:
+    """Largest difference between the last logits with and without recording, relative to the largest logit."""
+    with torch.no_grad(), evaluating(model):
+        plain = _last_logits(model, input_ids)
+        last = torch.tensor([input_ids.shape[1] - 1])
+        _, recorded = _record(model, layout_for(model.config), input_ids, last)
+    return float((plain - recorded).abs().max() / plain.abs().max())
+
+
+def _verify_logits(model: PreTrainedModel, input_ids: Tensor) -> None:
+    """Closure cannot see a recording that changes the computation, so the logits are compared once per model."""
+    gap = logit_gap(model, input_ids)
+    if not gap <= LOGIT_TOLERANCE:
+        raise ClosureError(
+            f"{family_name(model)}: {type(model).__name__} gives other logits while it is recorded (relative gap "
+            f"{gap:.1e}, bound {LOGIT_TOLERANCE:.0e}); load it with attn_implementation='eager' or 'sdpa'"
+        )
+    _verified.add(model)

@@ -1,0 +1,73 @@
+"""Where a method gets its layers from: one small interface, filled by a Hugging Face model or by a host's adapter."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from flashtrace_plugin.core.flow.layer import Layer
+
+_ADAPTERS = {"transformer_lens": "flashtrace_lens"}
+"""Host package -> adapter that reads its models. The host is never imported from here: who holds one of its
+models has imported it already."""
+
+
+class Source(Protocol):
+    """Reads the layers of one model."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer, or None if it carries none."""
+        ...
+
+    def check_ids(self, input_ids: Tensor) -> Tensor:
+        """The ids as [1, N] where the model wants them; raises InputError for ids it cannot take."""
+        ...
+
+    def layers(self, input_ids: Tensor, rows: Tensor) -> list[Layer]:
+        """Records of all layers for ids [1, N]; ``rows`` [r] are the positions that may carry weight, increasing."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What to note in the settings of a result: model, family, dtype, source."""
+        ...
+
+
+class HuggingFaceSource:
+    """Streaming capture on the untouched model; see :mod:`flashtrace_plugin.models.read.capture`."""
+
+    tokenizer = None
+
+    def __init__(self, model: Any) -> None:
+        from flashtrace_plugin.models.guard import check_model
+
+        self.model = check_model(model)
+
+    def check_ids(self, input_ids: Tensor) -> Tensor:
+        from flashtrace_plugin.models.guard import check_ids
+
+        return check_ids(self.model, input_ids)
+
+    def layers(self, input_ids: Tensor, rows: Tensor) -> list[Layer]:
+        from flashtrace_plugin.models.read.capture import capture
+
+        return capture(self.model, input_ids, rows)
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "model": self.model.config.name_or_path or type(self.model).__name__,
+            "family": self.model.config.get_text_config().model_type,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "source": "streaming",
+        }
+
+
+def source_for(model: Any) -> Source:
+    """The source that reads this model. Raises UnsupportedModelError if there is none."""
+    for cls in type(model).__mro__:
+        adapter = _ADAPTERS.get(cls.__module__.partition(".")[0])
+        if adapter is not None:
+            return importlib.import_module(adapter).source(model)
+    return HuggingFaceSource(model)
