@@ -33,10 +33,12 @@ from captum.attr import (
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.method_comparison import KINDS, Case, cases, cell, draw, markdown
 from flashtrace_captum import HETA, IFR, FlashTrace, LLMTraceAttribution, TokenIdsInput
 from flashtrace_plugin import reasoner
-from flashtrace_plugin.evaluation.metrics import bootstrap, deletion_curve, recovery
+from flashtrace_plugin.evaluation.cases import Case
+from flashtrace_plugin.evaluation.drawing import REASONER_TASKS, reasoner_cases
+from flashtrace_plugin.evaluation.metrics import deletion_curve, recovery
+from flashtrace_plugin.evaluation.tables import markdown, means
 
 COSTS = ("forwards", "of these with a gradient", "CPU seconds")
 QUALITY = ("recovery", "RISE", "MAS")
@@ -44,7 +46,7 @@ DEFAULT_TASKS = ["variables, 2 hops", "variables, 4 hops", "needles"]
 
 
 @dataclass
-class Cost:
+class Spent:
     """Sequences that went through the model, how many of them in a differentiable pass, and the processor time."""
 
     forwards: int = 0
@@ -53,21 +55,21 @@ class Cost:
 
 
 @contextmanager
-def counted(model: Any) -> Iterator[Cost]:
+def counted(model: Any) -> Iterator[Spent]:
     """Counts at the decoder, because Captum calls ``model.forward`` past the hooks of the model itself."""
-    cost = Cost()
+    spent = Spent()
 
     def count(module: Any, args: Any, output: Any) -> None:
         hidden = output[0]
-        cost.forwards += hidden.shape[0]
-        cost.graded += hidden.shape[0] * hidden.requires_grad
+        spent.forwards += hidden.shape[0]
+        spent.graded += hidden.shape[0] * hidden.requires_grad
 
     handle = model.get_decoder().register_forward_hook(count)
     began = time.process_time()
     try:
-        yield cost
+        yield spent
     finally:
-        cost.seconds = time.process_time() - began
+        spent.seconds = time.process_time() - began
         handle.remove()
 
 
@@ -148,7 +150,8 @@ def run(model: Any, tokenizer: Any, kinds: list[str], options: dict[str, Any]) -
     rows: list[dict[str, Any]] = []
     methods = contestants(model, tokenizer, options["shapley_samples"], options["steps"])
     for kind in kinds:
-        right, drawn = draw(cases(model, tokenizer, kind, options["length"], options["seed"]), options["samples"])
+        given = {"wanted": options["samples"], "seed": options["seed"], "length": options["length"]}
+        right, drawn = reasoner_cases(model, tokenizer, kind, **given)
         for number, case in enumerate(tqdm(right, desc=kind, unit="sample")):
             check_likelihood(model, tokenizer, case)
             if not rows:  # the first run of a model checks its logits once, and libraries set themselves up
@@ -157,11 +160,11 @@ def run(model: Any, tokenizer: Any, kinds: list[str], options: dict[str, Any]) -
             common = {"task": kind, "sample": number, "drawn": drawn}
             common |= {"prompt": case.prompt_length, "response": len(case.generation)}
             for name, explain in methods.items():
-                with counted(model) as cost:
+                with counted(model) as spent:
                     explained = explain(case)
-                spent = dict(zip(COSTS, (cost.forwards, cost.graded, cost.seconds), strict=True))
+                costs = dict(zip(COSTS, (spent.forwards, spent.graded, spent.seconds), strict=True))
                 for part, scores in explained.items():
-                    rows.append(common | {"method": f"{name}: {part}"} | spent | quality(model, case, scores))
+                    rows.append(common | {"method": f"{name}: {part}"} | costs | quality(model, case, scores))
     return pd.DataFrame(rows)
 
 
@@ -173,7 +176,7 @@ def table(values: pd.DataFrame) -> pd.DataFrame:
         "of these with a gradient": groups["of these with a gradient"].mean().map("{:.0f}".format),
         "CPU seconds": groups["CPU seconds"].mean().map("{:.2f}".format),
     }
-    return pd.DataFrame(costs | {metric: groups[metric].agg(lambda v: cell(bootstrap(v))) for metric in QUALITY})
+    return pd.concat([pd.DataFrame(costs), means(values, QUALITY)], axis=1).rename_axis("method")
 
 
 def document(values: pd.DataFrame, options: dict[str, Any]) -> str:
@@ -228,14 +231,14 @@ def main(
     length: Annotated[int, typer.Option(help="longest prompt, in tokens")] = 128,
     shapley_samples: Annotated[int, typer.Option(help="permutations of ShapleyValueSampling")] = 5,
     steps: Annotated[int, typer.Option(help="steps of LayerIntegratedGradients")] = 20,
-    task: Annotated[list[str] | None, typer.Option(help=f"one of {', '.join(KINDS)}; repeatable")] = None,
+    task: Annotated[list[str] | None, typer.Option(help=f"one of {', '.join(REASONER_TASKS)}; repeatable")] = None,
     weights: Annotated[Path | None, typer.Option(help="folder of the model instead of the bundled one")] = None,
     out: Annotated[Path, typer.Option(help="Markdown file to write")] = Path("docs/captum-comparison.md"),
 ) -> None:
     """Compare Captum's methods with those of this package on the reasoner and write one Markdown table per task."""
     kinds = task or DEFAULT_TASKS
-    if set(kinds) - set(KINDS):
-        raise typer.BadParameter(f"tasks are {', '.join(KINDS)}")
+    if set(kinds) - set(REASONER_TASKS):
+        raise typer.BadParameter(f"tasks are {', '.join(REASONER_TASKS)}")
     model, tokenizer = reasoner.load(weights)
     options = {
         "samples": samples,

@@ -27,8 +27,8 @@ import torch
 import typer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from benchmarks.authors import authors_flashtrace
 from flashtrace_plugin import IFR, FlashTrace, Span
+from flashtrace_plugin.evaluation.authors import authors_flashtrace
 
 IFR_TOKENS = 64
 COLUMNS = (
@@ -47,7 +47,7 @@ SHAPES = {"llama": 1, "llama GQA": 4}
 
 
 @dataclass(frozen=True)
-class Case:
+class Workload:
     """One sequence: prompt, reasoning of N/4 tokens, target of M tokens."""
 
     length: int
@@ -85,15 +85,15 @@ def build(shape: str, width: int, layers: int) -> Any:
     return AutoModelForCausalLM.from_config(config).eval()
 
 
-def contestants(model: Any, case: Case) -> dict[str, Callable[[], Any]]:
+def contestants(model: Any, work: Workload) -> dict[str, Callable[[], Any]]:
     """What is timed; each runs its own forward pass."""
-    ids = case.ids()
-    few = Span(case.target.stop - min(IFR_TOKENS, case.target_length), case.target.stop)
-    spans = (case.target.start, case.target.stop), (case.reasoning.start, case.reasoning.stop)
+    ids = work.ids()
+    few = Span(work.target.stop - min(IFR_TOKENS, work.target_length), work.target.stop)
+    spans = (work.target.start, work.target.stop), (work.reasoning.start, work.reasoning.stop)
     return {
         "forward": partial(forward, model, ids),
-        "FlashTrace": partial(FlashTrace(model).attribute_ids, ids, **case.spans),
-        "IFR": partial(IFR(model).attribute_ids, ids, **case.spans | {"target": few}),
+        "FlashTrace": partial(FlashTrace(model).attribute_ids, ids, **work.spans),
+        "IFR": partial(IFR(model).attribute_ids, ids, **work.spans | {"target": few}),
         "authors": partial(authors_flashtrace, model, ids, *spans, 1),
     }
 
@@ -115,16 +115,16 @@ def times(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
     return {name: median(r[name] for r in rounds) for name in runs}
 
 
-def score_gap(runs: dict[str, Callable[[], Any]], case: Case) -> float:
+def score_gap(runs: dict[str, Callable[[], Any]], work: Workload) -> float:
     """Largest difference between the authors' scores and ours, relative to the largest score."""
     ours = runs["FlashTrace"]().scores
-    theirs = runs["authors"]().observation["sum"][: case.reasoning.start]
+    theirs = runs["authors"]().observation["sum"][: work.reasoning.start]
     return float((ours - theirs).abs().max() / ours.max())
 
 
-def peak_mib(name: str, case: Case, width: int, layers: int, shape: str) -> float:
+def peak_mib(name: str, work: Workload, width: int, layers: int, shape: str) -> float:
     """Peak memory that one run of a contestant adds to a fresh process."""
-    arguments = [name, str(case.length), str(case.target_length), str(width), str(layers), shape]
+    arguments = [name, str(work.length), str(work.target_length), str(width), str(layers), shape]
     command = [sys.executable, "-m", "benchmarks.flashtrace_speed", "--peak", "|".join(arguments)]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
@@ -132,8 +132,8 @@ def peak_mib(name: str, case: Case, width: int, layers: int, shape: str) -> floa
 def run_peak(description: str) -> None:
     name, length, target_length, width, layers, shape = description.split("|")
     model = build(shape, int(width), int(layers))
-    contestants(model, Case(128, 32))[name]()  # libraries allocate their workspaces on the first call
-    run = contestants(model, Case(int(length), int(target_length)))[name]
+    contestants(model, Workload(128, 32))[name]()  # libraries allocate their workspaces on the first call
+    run = contestants(model, Workload(int(length), int(target_length)))[name]
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the current size
     before = memory_kib("VmRSS")
     run()
@@ -164,36 +164,36 @@ def main(
     print("|---" * len(COLUMNS) + "|")
     for length in map(int, lengths.split(",")):
         for target_length in (64, length // 2):
-            case = Case(length, target_length)
+            work = Workload(length, target_length)
             print(
                 row(
-                    model, case, repeats, partial(peak_mib, case=case, width=width, layers=layers, shape=shape), memory
+                    model, work, repeats, partial(peak_mib, work=work, width=width, layers=layers, shape=shape), memory
                 )
             )
 
 
-def row(model: Any, case: Case, repeats: int, peak: Callable[[str], float], memory: bool) -> str:
+def row(model: Any, work: Workload, repeats: int, peak: Callable[[str], float], memory: bool) -> str:
     """One line of the table; times as multiples of the forward pass, memory beyond it."""
-    runs = contestants(model, case)
+    runs = contestants(model, work)
     times(runs, 1)
     took = times(runs, repeats)
     unit = took["forward"]
     # Token-wise IFR is one forward pass plus a part that grows with the number of target tokens.
-    scale = case.target_length / min(IFR_TOKENS, case.target_length)
+    scale = work.target_length / min(IFR_TOKENS, work.target_length)
     tokenwise = unit + (took["IFR"] - unit) * scale
     beyond = ["–", "–"]
     if memory:
         base = peak("forward")
         beyond = [f"{peak(name) - base:.0f} MiB" for name in ("FlashTrace", "authors")]
     cells = [
-        case.length,
-        case.target_length,
+        work.length,
+        work.target_length,
         f"{unit:.2f}",
         f"**{took['FlashTrace'] / unit:.2f}x**",
         f"{tokenwise / unit:.0f}x",
         f"{took['authors'] / unit:.1f}x",
         *beyond,
-        f"{score_gap(runs, case):.0e}",
+        f"{score_gap(runs, work):.0e}",
     ]
     return "| " + " | ".join(map(str, cells)) + " |"
 

@@ -15,10 +15,11 @@ import typer
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.method_comparison import KINDS, Case, cases, draw, markdown
 from flashtrace_lens import bridge_for, flashtrace
 from flashtrace_plugin import reasoner
-from flashtrace_plugin.evaluation.metrics import bootstrap
+from flashtrace_plugin.evaluation.cases import Case
+from flashtrace_plugin.evaluation.drawing import REASONER_TASKS, reasoner_cases
+from flashtrace_plugin.evaluation.tables import markdown, means
 
 DEFAULT_TASKS = ["variables, 2 hops", "variables, 4 hops", "needles"]
 DECIDING, EVERYWHERE = "deciding", "everywhere"
@@ -27,6 +28,7 @@ VARIANTS = {"predicting": (DECIDING, EVERYWHERE), "token": (EVERYWHERE,)}
 
 LARGEST, ANYWHERE, SAME_LAYERS, SMALLEST = "largest shares", "random", "random, same layers", "smallest shares"
 GAIN = "largest − same layers"
+ROW = "fall of log P(answer)"
 
 
 def choose(shares: Tensor, count: int, draws: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -91,19 +93,16 @@ def drops(bridge: Any, case: Case, sets: dict[str, Tensor], where: str) -> dict[
     return falls | {GAIN: falls[LARGEST] - falls[SAME_LAYERS]}
 
 
-def run(model: Any, tokenizer: Any, kinds: Iterable[str], options: dict[str, int]) -> pd.DataFrame:
-    """One row for each task, sample and variant; also how many of the largest shares lie in each layer."""
-    bridge, rows = bridge_for(model, tokenizer), []
-    for kind in kinds:
-        right, _ = draw(cases(model, tokenizer, kind, options["length"], options["seed"]), options["samples"])
-        generator = torch.Generator().manual_seed(options["seed"])
-        for case in tqdm(right, desc=kind, unit="sample"):
-            for positions, places in VARIANTS.items():
-                sets = choose(head_shares(bridge, case, positions), options["heads"], options["draws"], generator)
-                layers = {f"L{layer}": int(n) for layer, n in enumerate(sets[LARGEST][0].sum(1))}
-                for where in places:
-                    key = {"task": kind, "positions": positions, "where": where}
-                    rows.append(key | drops(bridge, case, sets, where) | layers)
+def run(bridge: Any, cases: Iterable[Case], *, heads: int, draws: int, seed: int) -> pd.DataFrame:
+    """One row for each case and variant; also how many of the largest shares lie in each layer."""
+    rows, generator = [], torch.Generator().manual_seed(seed)
+    for case in tqdm(cases, unit="sample"):
+        for positions, places in VARIANTS.items():
+            sets = choose(head_shares(bridge, case, positions), heads, draws, generator)
+            layers = {f"L{layer}": int(n) for layer, n in enumerate(sets[LARGEST][0].sum(1))}
+            for where in places:
+                name = f"{case.task}; `{positions}`, {where}"
+                rows.append({ROW: name} | drops(bridge, case, sets, where) | layers)
     return pd.DataFrame(rows)
 
 
@@ -117,23 +116,14 @@ def head_shares(bridge: Any, case: Case, positions: str) -> Tensor:
 
 def table(values: pd.DataFrame) -> pd.DataFrame:
     """Means with intervals, a row for each task and variant; last, where the largest shares lie."""
-    groups = values.groupby(["task", "positions", "where"], sort=False)
-    columns = (LARGEST, ANYWHERE, SAME_LAYERS, SMALLEST, GAIN)
-    frame = pd.DataFrame({"n": groups.size().astype(str)} | {name: groups[name].agg(cell) for name in columns})
+    frame = means(values, (LARGEST, ANYWHERE, SAME_LAYERS, SMALLEST, GAIN), by=ROW, digits=2)
+    groups = values.groupby(ROW, sort=False)
     layers = [name for name in values if name.startswith("L")]
+    frame.insert(0, "n", groups.size().to_list())
     frame["largest shares in " + ", ".join(layers)] = [
         ", ".join(f"{group[name].mean():.1f}" for name in layers) for _, group in groups
     ]
-    names = [f"{task}; `{positions}`, {where}" for task, positions, where in frame.index]
-    frame.index = pd.Index(names, name="fall of log P(answer)")
     return frame
-
-
-def cell(values: pd.Series) -> str:
-    estimate = bootstrap(values)
-    # Adding 0 turns a rounded -0.0 into 0.0.
-    mean, low, high = (round(x, 2) + 0.0 for x in (estimate.mean, estimate.low, estimate.high))
-    return f"{mean:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def main(
@@ -142,17 +132,21 @@ def main(
     draws: Annotated[int, typer.Option(help="random sets for each sample")] = 10,
     seed: Annotated[int, typer.Option(help="of samples and random sets")] = 0,
     length: Annotated[int, typer.Option(help="longest prompt, in tokens")] = 64,
-    task: Annotated[list[str] | None, typer.Option(help=f"one of {', '.join(KINDS)}; repeatable")] = None,
+    task: Annotated[list[str] | None, typer.Option(help=f"one of {', '.join(REASONER_TASKS)}; repeatable")] = None,
 ) -> None:
     """Silence heads with large, random and small shares of the answer; print means and 95 % bootstrap intervals."""
-    kinds = task or DEFAULT_TASKS
-    if set(kinds) - set(KINDS):
-        raise typer.BadParameter(f"tasks are {', '.join(KINDS)}")
+    chosen = task or DEFAULT_TASKS
+    if set(chosen) - set(REASONER_TASKS):
+        raise typer.BadParameter(f"tasks are {', '.join(REASONER_TASKS)}")
     model, tokenizer = reasoner.load()
     if not 1 <= heads < (total := model.config.num_hidden_layers * model.config.num_attention_heads):
         raise typer.BadParameter(f"--heads is {heads}; the reasoner has {total}, silence at least 1 and not all")
-    options = {"samples": samples, "heads": heads, "draws": draws, "seed": seed, "length": length}
-    typer.echo(markdown(table(run(model, tokenizer, kinds, options))))
+    cases = [
+        case
+        for name in chosen
+        for case in reasoner_cases(model, tokenizer, name, wanted=samples, seed=seed, length=length).cases
+    ]
+    typer.echo(markdown(table(run(bridge_for(model, tokenizer), cases, heads=heads, draws=draws, seed=seed))))
 
 
 if __name__ == "__main__":

@@ -6,13 +6,26 @@ Start with ``FlashTrace(model, tokenizer).attribute(prompt, generation).top(5)``
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from flashtrace_plugin.errors import ClosureError, FlashTraceError, InputError, SpanError, UnsupportedModelError
+from flashtrace_plugin.errors import (
+    ClosureError,
+    FlashTraceError,
+    InputError,
+    MethodError,
+    ReasoningWarning,
+    SpanError,
+    UnsupportedModelError,
+)
+from flashtrace_plugin.methods.registry import register_method
 from flashtrace_plugin.spans import Span
 
 if TYPE_CHECKING:
     from flashtrace_plugin.attribution import Attribution
-    from flashtrace_plugin.methods.flashtrace import IFR, FlashTrace, RecursiveAttribution
+    from flashtrace_plugin.methods.base import Method
+    from flashtrace_plugin.methods.flashtrace import FlashTrace
     from flashtrace_plugin.methods.heta import HETA
+    from flashtrace_plugin.methods.ifr import IFR
+    from flashtrace_plugin.methods.lrp import LRP
+    from flashtrace_plugin.methods.recursive import Recursive, RecursiveAttribution
 
 __version__ = "0.1.0"
 
@@ -21,22 +34,31 @@ _LAZY = {
     "Attribution": "flashtrace_plugin.attribution",
     "FlashTrace": "flashtrace_plugin.methods.flashtrace",
     "HETA": "flashtrace_plugin.methods.heta",
-    "IFR": "flashtrace_plugin.methods.flashtrace",
-    "RecursiveAttribution": "flashtrace_plugin.methods.flashtrace",
+    "IFR": "flashtrace_plugin.methods.ifr",
+    "LRP": "flashtrace_plugin.methods.lrp",
+    "Method": "flashtrace_plugin.methods.base",
+    "Recursive": "flashtrace_plugin.methods.recursive",
+    "RecursiveAttribution": "flashtrace_plugin.methods.recursive",
 }
 
 __all__ = [
     "HETA",
     "IFR",
+    "LRP",
     "Attribution",
     "ClosureError",
     "FlashTrace",
     "FlashTraceError",
     "InputError",
+    "Method",
+    "MethodError",
+    "ReasoningWarning",
+    "Recursive",
     "RecursiveAttribution",
     "Span",
     "SpanError",
     "UnsupportedModelError",
+    "register_method",
 ]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from flashtrace_plugin.core.flow.components import final_stream_shares
 from flashtrace_plugin.errors import InputError
 from flashtrace_plugin.spans import Span
 
-FORMAT = "flashtrace-attribution/1"
+_FORMAT = "flashtrace-attribution/1"
 
 
 class TokenScore(NamedTuple):
@@ -83,6 +84,26 @@ class Attribution:
         totals[self.prompt.slice] = self.scores
         return totals
 
+    @property
+    def source_totals(self) -> Tensor:
+        """:attr:`totals` without the reasoning that was followed: its mass counts on what it came from. [N]"""
+        totals = self.totals
+        if self.hops and self.reasoning is not None:
+            totals[self.reasoning.slice] = 0.0
+        return totals
+
+    @property
+    def stream_shares(self) -> Tensor:
+        """Shares of the final residual stream by who wrote it: embeddings, then attention and MLP layer by layer.
+
+        result: [hops+1, 1 + 2 L]; [hops+1, 0] for a method that divides no residual stream. A hop that was not run,
+        for nothing reached it, is 0. See :func:`~flashtrace_plugin.core.flow.components.final_stream_shares`.
+        """
+        residual, mlp = self.residual_shares, self.mlp_shares
+        if not residual.any() or residual.shape != mlp.shape:
+            return residual.new_zeros(len(residual), 0)
+        return final_stream_shares(residual, mlp) * residual.any(1, keepdim=True)
+
     def top(self, k: int = 10) -> list[TokenScore]:
         """The k highest-scoring prompt tokens, best first; ties in the order of the text."""
         order = self.scores.argsort(descending=True, stable=True)[:k].tolist()
@@ -101,13 +122,13 @@ class Attribution:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, numbers and strings, ready for JSON."""
-        return {"format": FORMAT} | {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+        return {"format": _FORMAT} | {f.name: plain(getattr(self, f.name)) for f in fields(self)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Attribution:
         """The inverse of :meth:`to_dict`. Raises InputError for anything else."""
-        if data.get("format") != FORMAT:
-            raise InputError(f"not an attribution: format is {data.get('format')!r}, expected {FORMAT!r}")
+        if data.get("format") != _FORMAT:
+            raise InputError(f"not an attribution: format is {data.get('format')!r}, expected {_FORMAT!r}")
         missing = [f.name for f in fields(cls) if f.name not in data]
         if missing:
             raise InputError(f"the attribution lacks {', '.join(missing)}; was the file cut off?")
@@ -140,32 +161,48 @@ class Attribution:
 
     def to_html(self, path: str | Path) -> None:
         """Writes a report that opens in any browser without a network."""
-        from flashtrace_plugin.report.html import render
+        from flashtrace_plugin.report.html import as_html
 
-        Path(path).write_text(render(self), encoding="utf-8")
+        Path(path).write_text(as_html(self), encoding="utf-8")
 
     def _repr_html_(self) -> str:
-        from flashtrace_plugin.report.html import render
+        from flashtrace_plugin.report.html import as_html
 
-        return render(self, fragment=True)
+        return as_html(self, fragment=True)
 
     def __repr__(self) -> str:
         best = ", ".join(f"{t.token.strip()!r} {t.score:.3f}" for t in self.top(5))
         return f"Attribution({self.method}, target {self.text(self.target)!r}, hops {self.hops}; top: {best})"
 
 
+def generation_rows(per_token: Tensor, target: Span, scores: Tensor) -> Tensor:
+    """Importance of the prompt for each token of the generation: NaN where the method did not look.
+
+    per_token: [M, N]    importance of every position for each of the target's M tokens
+    scores:    [P]       the prompt's scores, which the rows are scaled to add up to
+    result:    [N-P, P]
+    """
+    start, length = len(scores), per_token.shape[1]
+    computed = per_token[:, :start]
+    total = computed.sum()
+    rows = torch.full((length - start, start), torch.nan)
+    rows[target.start - start : target.stop - start] = computed * (scores.sum() / total) if total > 0 else computed
+    return rows
+
+
 _TENSORS = ("scores", "hop_scores", "reasoning_mass", "head_scores", "residual_shares", "mlp_shares")
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A value as JSON has it: spans and slices as ``[start, stop]``, and lists for all else that holds items."""
     if isinstance(value, Tensor):
         # Nested lists cannot tell [2, 0] from [2]; a tensor without numbers is its shape.
         return value.tolist() if value.numel() else {"shape": list(value.shape)}
-    if isinstance(value, Span):
+    if isinstance(value, (Span, slice)):
         return [value.start, value.stop]
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (tuple, list)) else value
+        return {str(key): plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, Iterable) and not isinstance(value, str) else value
 
 
 def _tensor(value: Any) -> Tensor:
@@ -179,4 +216,4 @@ def _same(a: Any, b: Any) -> bool:
         return a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
     if isinstance(a, Mapping) and isinstance(b, Mapping):
         return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
-    return _plain(a) == _plain(b)
+    return plain(a) == plain(b)

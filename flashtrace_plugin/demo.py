@@ -23,7 +23,7 @@ from flashtrace_plugin.report.marks import percent
 HOPS = 4
 SEED = 0
 LENGTH = 128
-CALL = f"""\
+_CALL = f"""\
 import flashtrace_inseq, inseq
 from flashtrace_plugin import reasoner
 model = inseq.load_model(str(reasoner.path()), "flashtrace")
@@ -43,9 +43,9 @@ def main(arguments: list[str] | None = None) -> None:
     sample = tasks.make("variable_tracking", given.seed, hops=HOPS, chains=3, length=LENGTH)
     console = Console(highlight=False, markup=False)
     attribution = explain(sample)
-    console.print(CALL, style="dim")
+    console.print(_CALL, style="dim")
     tell(sample, attribution, console)
-    write_report(sample, attribution, given.html)
+    _write_report(sample, attribution, given.html)
     console.print(f"\nReport: {given.html.absolute().as_uri()}", soft_wrap=True)
 
 
@@ -73,7 +73,7 @@ def tell(sample: Sample, attribution: Attribution, console: Console) -> None:
     for name, text in (("Prompt", sample.prompt), ("Reasoning", reasoning), ("Answer", f"{answer} ({verdict})")):
         console.print(name, style="bold")
         console.print(textwrap.indent(textwrap.fill(text.strip(), 76), "  "), "\n", sep="")
-    terminal.show(attribution, top=strongest(attribution), evidence=marks(sample), console=console)
+    terminal.print_attribution(attribution, top=strongest(attribution), evidence=marks(sample), console=console)
     console.print()
     console.print(moved(attribution), "\n", sep="")
     console.print(found(sample, attribution))
@@ -142,11 +142,11 @@ def found(sample: Sample, attribution: Attribution) -> str:
     )
 
 
-def write_report(sample: Sample, attribution: Attribution, path: Path) -> None:
+def _write_report(sample: Sample, attribution: Attribution, path: Path) -> None:
     """The report, with the evidence marked."""
-    from flashtrace_plugin.report.html import render
+    from flashtrace_plugin.report.html import as_html
 
-    path.write_text(render(attribution, evidence=marks(sample)), encoding="utf-8")
+    path.write_text(as_html(attribution, evidence=marks(sample)), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The exceptions of the package: one base class, so that one ``except`` clause is enough."""
+"""The exceptions and warnings of the package; one base class, so that one ``except`` clause is enough."""
 
 
 class FlashTraceError(ValueError):
@@ -22,3 +22,11 @@ class UnsupportedModelError(FlashTraceError):
 
 class ClosureError(FlashTraceError):
     """The parts read from the model do not add up to its residual stream."""
+
+
+class MethodError(FlashTraceError):
+    """A method cannot be registered, or returned what no attribution can be."""
+
+
+class ReasoningWarning(UserWarning):
+    """Hops through the reasoning were asked for, and none was found to follow."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flashtrace_plugin.errors import InputError
-from flashtrace_plugin.text import Prompt, TokenizedText, from_ids, render
+from flashtrace_plugin.text import Prompt, TokenizedText, end_ids, from_ids, render, written_length
 
 REASONER = "reasoner"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -138,15 +138,8 @@ def write(model: Any, tokenizer: Any, prompt: Prompt, max_new_tokens: int) -> To
         greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         output = model.generate(**inputs, max_new_tokens=max_new_tokens, **greedy)
     ids = output[0].cpu()
-    stop = len(ids)
-    while stop > start and int(ids[stop - 1]) in _ends(model):
-        stop -= 1
-    if stop == start:
+    ends = end_ids(tokenizer, model.config.get_text_config(), model.generation_config)
+    stop = written_length(ids.tolist(), start, ends)
+    if len(ids) == start or int(ids[start]) in ends:
         raise InputError(f"the model ends the text right after the prompt {text[-40:]!r}; give a generation instead")
-    return from_ids(tokenizer, ids[:stop], start)
-
-
-def _ends(model: Any) -> set[int]:
-    settings = model.generation_config
-    ids = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
-    return {i for i in (*ids, settings.pad_token_id) if i is not None}
+    return from_ids(tokenizer, ids[:stop], start, ends)

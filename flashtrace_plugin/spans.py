@@ -1,12 +1,9 @@
-"""Spans of tokens, and where the reasoning and the answer of a generated text are."""
+"""Spans of tokens and of characters, and how one becomes the other."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from operator import index
-from typing import Union
 
 from flashtrace_plugin.errors import SpanError
 
@@ -47,26 +44,11 @@ class Span:
         return self.start < other.stop and other.start < self.stop
 
 
-SpanLike = Union[Span, "tuple[int, int]", slice]
-"""A Span, or how Python writes one: ``(start, stop)`` or ``slice(start, stop)``."""
+def check_spans(length: int, prompt_length: int, target: Span, reasoning: Span | None, found: str = "") -> None:
+    """Raises SpanError unless prompt, reasoning and target follow each other inside ``length`` tokens.
 
-
-def as_span(name: str, value: SpanLike) -> Span:
-    """The value as a Span. Raises SpanError for what is not a range of positions."""
-    if isinstance(value, Span):
-        return value
-    parts = (value.start, value.stop) if isinstance(value, slice) and value.step in (None, 1) else value
-    try:
-        start, stop = (index(part) for part in parts)  # type: ignore[union-attr]
-    except (TypeError, ValueError):
-        raise SpanError(
-            f"{name} must be a Span(start, stop) of token positions, or (start, stop), got {value!r}"
-        ) from None
-    return Span(start, stop)
-
-
-def check_spans(length: int, prompt_length: int, target: Span, reasoning: Span | None) -> None:
-    """Raises SpanError unless prompt, reasoning and target follow each other inside ``length`` tokens."""
+    found: which rules found the spans that the caller did not give, for the message
+    """
     if not 0 < prompt_length < length:
         raise SpanError(
             f"the prompt has {prompt_length} of {length} tokens; it needs at least one, and so does the generation"
@@ -75,96 +57,20 @@ def check_spans(length: int, prompt_length: int, target: Span, reasoning: Span |
         if span is not None and not (prompt_length <= span.start and span.stop <= length):
             raise SpanError(
                 f"{name} {span} is outside the generation {prompt_length}:{length}; "
-                "positions count from the first token of the prompt"
+                f"positions count from the first token of the prompt{found}"
             )
     if reasoning is None:
         return
     if reasoning.overlaps(target):
-        raise SpanError(f"reasoning {reasoning} and target {target} overlap; end one where the other begins")
+        raise SpanError(f"reasoning {reasoning} and target {target} overlap; end one where the other begins{found}")
     if reasoning.start > target.start:
-        raise SpanError(f"reasoning {reasoning} comes after target {target}; only what precedes a target can cause it")
+        raise SpanError(
+            f"reasoning {reasoning} comes after target {target}; only what precedes a target can cause it{found}"
+        )
 
 
 Chars = tuple[int, int]
 """Half-open range of characters."""
-
-_BOXED = re.compile(r"\\boxed\s*\{")
-
-
-def find_parts(generation: str) -> tuple[Chars, Chars | None]:
-    """Where the answer and the reasoning are in a generated text, as character ranges (target, reasoning).
-
-    ``<think>…</think>`` is reasoning (the opening tag may be part of the prompt) and what follows is the target.
-    The last ``<answer>…</answer>`` after it, and then the last ``\\boxed{…}``, narrow the target; one inside the
-    thinking does not count. Without thinking tags, what precedes a narrowed target is the reasoning; with
-    nothing to go by, all of the generation is the target.
-
-    Raises SpanError when the thinking does not end or nothing follows it.
-    """
-    reasoning, begin = _thinking(generation)
-    answer = _narrowed(generation, begin)
-    target = trim(generation, answer or (begin, len(generation)))
-    if target is None:
-        what = "the answer's tag is empty" if answer else "nothing follows the reasoning"
-        raise SpanError(f"{what}, so there is no target; pass target=... to choose one")
-    if answer and begin == 0:
-        reasoning = trim(generation, (0, _tag_start(generation, answer[0])))
-    return target, reasoning
-
-
-def _thinking(text: str) -> tuple[Chars | None, int]:
-    """The thinking, and where the text after it begins."""
-    end = text.rfind("</think>")
-    if end < 0:
-        if "<think>" in text:
-            raise SpanError(
-                "the generation has <think> but no </think>: the thinking was cut off before an answer; "
-                "generate more tokens, or pass target=... and reasoning=..."
-            )
-        return None, 0
-    opening = text.find("<think>", 0, end)
-    begin = 0 if opening < 0 else opening + len("<think>")
-    return trim(text, (begin, end)), end + len("</think>")
-
-
-def thinking_before(generation: str, begin: int) -> Chars | None:
-    """The thinking that has ended where character ``begin`` is reached; None if there is none."""
-    if generation.rfind("</think>") < 0:
-        return None
-    thinking, end = _thinking(generation)
-    return thinking if end <= begin else None
-
-
-def _narrowed(text: str, begin: int) -> Chars | None:
-    """The last <answer>, and the last \\boxed in it (or in the text) from ``begin`` on; None if there is neither."""
-    found, end = None, len(text)
-    close = text.rfind("</answer>", begin)
-    opening = text.rfind("<answer>", begin, close) if close >= 0 else -1
-    if opening >= 0:
-        found = begin, end = opening + len("<answer>"), close
-    return _last_boxed(text, begin, end) or found
-
-
-def _last_boxed(text: str, begin: int, end: int) -> Chars | None:
-    for match in reversed(list(_BOXED.finditer(text, begin, end))):
-        close = _closing_brace(text, match.end(), end)
-        if close is not None:
-            return match.end(), close
-    return None
-
-
-def _closing_brace(text: str, begin: int, end: int) -> int | None:
-    depth = 1
-    for i in range(begin, end):
-        depth += (text[i] == "{") - (text[i] == "}")
-        if depth == 0:
-            return i
-    return None
-
-
-def _tag_start(text: str, inside: int) -> int:
-    """Start of the tag that ends where the narrowed target begins."""
-    return max(text.rfind("<answer>", 0, inside), text.rfind("\\boxed", 0, inside))
 
 
 def trim(text: str, chars: Chars) -> Chars | None:

@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Union
 
 import torch
+from jinja2.exceptions import TemplateError
 from torch import Tensor
 
-from flashtrace_plugin.errors import InputError
-from flashtrace_plugin.spans import Chars, Span, SpanLike, as_span, find_parts, find_text, thinking_before, tokens_over
+from flashtrace_plugin.errors import InputError, SpanError
+from flashtrace_plugin.formats import ENDS, FormatChoice, chosen_formats, find_parts, thinking_before
+from flashtrace_plugin.positions import Positions, as_span
+from flashtrace_plugin.spans import Chars, Span, find_text, tokens_over
 
 Prompt = Union[str, Sequence[Mapping[str, Any]]]
 """A text, or chat messages ``[{"role": "user", "content": "…"}, …]``."""
+
+
+@dataclass(frozen=True)
+class Located:
+    """Target and reasoning of a text, with the rules that found those which were not given; "" for given ones."""
+
+    target: Span
+    reasoning: Span | None
+    target_rule: str = ""
+    reasoning_rule: str = ""
+
+    def __str__(self) -> str:
+        """Which rule found what, as an afterthought of a message; empty if all was given."""
+        rules = {"target": self.target_rule, "reasoning": self.reasoning_rule}
+        told = [f"the {name} was found as {rule}" for name, rule in rules.items() if rule]
+        return f" ({'; '.join(told)}; pass the spans to choose others)" if told else ""
 
 
 @dataclass(frozen=True)
@@ -25,7 +44,9 @@ class TokenizedText:
     prompt_length: number of prompt tokens
     tokens:        N pieces of text; special tokens by their name
     generation:    text of the generation
-    offsets:       characters of ``generation`` for each of its tokens
+    offsets:       characters of ``generation`` for each of its tokens; none where only ids are known
+    ends:          ids that end a text or a turn, or pad it: at the end of the generation they are no part of it
+    template:      the tokenizer's chat template, which names the reasoning format
     """
 
     input_ids: Tensor
@@ -33,39 +54,126 @@ class TokenizedText:
     tokens: tuple[str, ...]
     generation: str
     offsets: tuple[Chars, ...]
+    ends: frozenset[int] = frozenset()
+    template: Any = None
 
-    def locate(self, target: SpanLike | str | None, reasoning: SpanLike | str | None) -> tuple[Span, Span | None]:
-        """Target and reasoning as spans: given as such, as a piece of the generation, or found in it.
+    @property
+    def written(self) -> int:
+        """Position where what the model wrote ends: tokens that end a text are left out, one token is kept."""
+        return written_length(self.input_ids.tolist(), self.prompt_length, self.ends)
 
-        With a target of the user's and no reasoning, the reasoning is the thinking that ends before that target.
+    def locate(
+        self, target: Positions | str | None, reasoning: Positions | str | None, format: FormatChoice = None
+    ) -> tuple[Span, Span | None]:
+        """The spans of :meth:`parts` without the rules."""
+        found = self.parts(target, reasoning, format)
+        return found.target, found.reasoning
+
+    def parts(
+        self, target: Positions | str | None, reasoning: Positions | str | None, format: FormatChoice = None
+    ) -> Located:
+        """Target and reasoning as spans: given as positions, as a piece of the generation, or found in it.
+
+        With a target of the caller's and no reasoning, the reasoning is the thinking that ends before that target.
+        Raises SpanError where nothing is found or a position is outside.
         """
+        formats = chosen_formats(format, self.template)
         if target is None:
-            target_chars, reasoning_chars = find_parts(self.generation)
-            where = self._over("target", target_chars)
+            found = find_parts(self._visible(), formats)
+            where, rule = self._over("target", found.target), found.target_rule
+            chars, through = found.reasoning, found.reasoning_rule
         else:
-            where = self._span("target", target)
-            reasoning_chars = thinking_before(self.generation, self._begin(where))
+            where, rule = self.span("target", target), ""
+            thinking = thinking_before(self.generation, self._begin(where), formats)
+            chars, through = (thinking.chars, thinking.rule) if thinking else (None, "")
         if reasoning is not None:
-            return where, self._span("reasoning", reasoning)
-        return where, None if reasoning_chars is None else self._over("reasoning", reasoning_chars)
+            return Located(where, self.span("reasoning", reasoning), rule)
+        return Located(where, self._over("reasoning", chars) if chars else None, rule, through if chars else "")
+
+    def span(self, name: str, where: Positions | str) -> Span:
+        """Positions, or a piece of the generation that occurs once, as a span. Raises SpanError."""
+        if not isinstance(where, str):
+            return as_span(name, where, len(self.input_ids))
+        if not self.offsets:
+            raise SpanError(f"{name} {where!r} is a text, but without a tokenizer only positions are known")
+        return self._over(name, find_text(self.generation, where, name))
+
+    def _visible(self) -> str:
+        """The generation's text without what ends it."""
+        if not self.offsets:
+            raise SpanError("without a tokenizer no answer can be found; pass target= as positions")
+        return self.generation[: self.offsets[self.written - self.prompt_length - 1][1]]
 
     def _begin(self, span: Span) -> int:
         """First character of the span; that of the generation for a span that is not inside it."""
         token = span.start - self.prompt_length
         return self.offsets[token][0] if 0 <= token < len(self.offsets) else 0
 
-    def _span(self, name: str, where: SpanLike | str) -> Span:
-        if not isinstance(where, str):
-            return as_span(name, where)
-        return self._over(name, find_text(self.generation, where, name))
-
     def _over(self, name: str, chars: Chars) -> Span:
         first, stop = tokens_over(self.offsets, chars, name)
         return Span(self.prompt_length + first, self.prompt_length + stop)
 
 
-def tokenize(tokenizer: Any, prompt: Prompt, generation: str) -> TokenizedText:
+def written_length(ids: Sequence[int], start: int, ends: Collection[int]) -> int:
+    """Where the generation from ``start`` on ends, its trailing end tokens left out; at least one token is kept."""
+    stop = len(ids)
+    while stop > start + 1 and ids[stop - 1] in ends:
+        stop -= 1
+    return stop
+
+
+def end_ids(tokenizer: Any, *owners: Any) -> frozenset[int]:
+    """Ids that end a text or a turn, and padding: the one rule for where a generation ends.
+
+    tokenizer: its own end and pad tokens, those of known names that it has as special tokens, and what its chat
+               template writes after an assistant's message
+    owners:    configurations and generation configurations of the model
+    """
+    found: set[int] = set()
+    for owner in (tokenizer, *owners):
+        for name in ("eos_token", "pad_token"):
+            value = None if _is_unknown(owner, name) else getattr(owner, f"{name}_id", None)
+            found.update(value if isinstance(value, (list, tuple)) else [] if value is None else [value])
+    special = _special_tokens(tokenizer)
+    found.update(special[name] for name in (*ENDS, *_turn_ends(tokenizer, special)) if name in special)
+    return frozenset(found)
+
+
+def _is_unknown(owner: Any, name: str) -> bool:
+    """Whether a tokenizer's vocabulary lacks this token of its own, whose id is then that of the unknown token.
+
+    TransformerLens gives a tokenizer without an end token one of a name that few vocabularies have.
+    """
+    unknown = getattr(owner, "unk_token_id", None)
+    return unknown is not None and getattr(owner, f"{name}_id") == unknown and getattr(owner, name) != owner.unk_token
+
+
+def _special_tokens(tokenizer: Any) -> dict[str, int]:
+    """Special and added tokens by their text; a known name inside the ordinary vocabulary is only text."""
+    added = getattr(tokenizer, "added_tokens_decoder", None) or {}
+    return {str(token.content): i for i, token in added.items()}
+
+
+_MARK = "\N{REPLACEMENT CHARACTER}answer\N{REPLACEMENT CHARACTER}"
+
+
+def _turn_ends(tokenizer: Any, special: Mapping[str, int]) -> list[str]:
+    """The special tokens with which the chat template closes an assistant's message."""
+    if not getattr(tokenizer, "chat_template", None):
+        return []
+    messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": _MARK}]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+    except (TemplateError, TypeError, ValueError, KeyError):
+        return []  # a template with demands of its own; it is used as it is where a prompt is rendered
+    after = text.partition(_MARK)[2].strip()
+    return [name for name in special if name and after.startswith(name)]
+
+
+def tokenize(tokenizer: Any, prompt: Prompt, generation: str, ends: frozenset[int] = frozenset()) -> TokenizedText:
     """Token ids as the model saw them when it wrote ``generation`` after ``prompt``.
+
+    ends: ids that end a text, from :func:`end_ids`
 
     The prompt is tokenized by itself, as it was before generating. The generation keeps the tokens it has in
     the joint text if that text begins with the prompt's tokens, and is tokenized by itself otherwise.
@@ -85,7 +193,7 @@ def tokenize(tokenizer: Any, prompt: Prompt, generation: str) -> TokenizedText:
     if not prompt_ids:
         raise InputError(f"the tokenizer makes no token of the prompt {text!r}")
     if not getattr(tokenizer, "is_fast", False):
-        return _without_offsets(tokenizer, prompt_ids, generation)
+        return _without_offsets(tokenizer, prompt_ids, generation, ends)
     joint = tokenizer(text + generation, add_special_tokens=special, return_offsets_mapping=True)
     ids, pairs, shift = joint["input_ids"], joint["offset_mapping"], len(text)
     if ids[: len(prompt_ids)] != prompt_ids or len(ids) == len(prompt_ids):
@@ -93,7 +201,11 @@ def tokenize(tokenizer: Any, prompt: Prompt, generation: str) -> TokenizedText:
         ids, pairs, shift = prompt_ids + alone["input_ids"], [(0, 0)] * len(prompt_ids) + alone["offset_mapping"], 0
     offsets = tuple((a - shift, b - shift) for a, b in pairs[len(prompt_ids) :])
     offsets, ids = _without_added_suffix(offsets, ids, len(prompt_ids))
-    return TokenizedText(torch.tensor(ids), len(prompt_ids), pieces(tokenizer, ids), generation, offsets)
+    return TokenizedText(
+        *(torch.tensor(ids), len(prompt_ids), pieces(tokenizer, ids), generation, offsets),
+        ends=ends,
+        template=getattr(tokenizer, "chat_template", None),
+    )
 
 
 def _without_added_suffix(
@@ -106,9 +218,9 @@ def _without_added_suffix(
     return offsets[:keep], ids[: start + keep]
 
 
-def _without_offsets(tokenizer: Any, prompt_ids: list[int], generation: str) -> TokenizedText:
+def _without_offsets(tokenizer: Any, prompt_ids: list[int], generation: str, ends: frozenset[int]) -> TokenizedText:
     ids = prompt_ids + tokenizer(generation, add_special_tokens=False)["input_ids"]
-    found = from_ids(tokenizer, torch.tensor(ids), len(prompt_ids))
+    found = from_ids(tokenizer, torch.tensor(ids), len(prompt_ids), ends)
     if found.generation.strip() != generation.strip():
         raise InputError(
             f"{type(tokenizer).__name__} gives no character offsets and does not reproduce the generation; "
@@ -117,7 +229,9 @@ def _without_offsets(tokenizer: Any, prompt_ids: list[int], generation: str) -> 
     return found
 
 
-def from_ids(tokenizer: Any, input_ids: Tensor, prompt_length: int) -> TokenizedText:
+def from_ids(
+    tokenizer: Any, input_ids: Tensor, prompt_length: int, ends: frozenset[int] = frozenset()
+) -> TokenizedText:
     """The same from token ids [N]: the generation's text is what its tokens decode to, piece by piece."""
     ids = input_ids.tolist()
     text, offsets = "", []
@@ -126,7 +240,17 @@ def from_ids(tokenizer: Any, input_ids: Tensor, prompt_length: int) -> Tokenized
         inside = range(max(run.start, min(prompt_length, 1)), run.stop)
         offsets += [(len(text), len(text) + len(added))] * len(inside)
         text += added if inside else ""
-    return TokenizedText(input_ids, prompt_length, pieces(tokenizer, ids), text, tuple(offsets))
+    return TokenizedText(
+        *(input_ids, prompt_length, pieces(tokenizer, ids), text, tuple(offsets)),
+        ends=ends,
+        template=getattr(tokenizer, "chat_template", None),
+    )
+
+
+def without_text(input_ids: Tensor, prompt_length: int) -> TokenizedText:
+    """The same where there is no tokenizer: tokens are named by their ids, and spans can only be positions."""
+    labels = tuple(f"<{i}>" for i in input_ids.tolist())
+    return TokenizedText(input_ids, prompt_length, labels, "", ())
 
 
 def render(tokenizer: Any, prompt: Prompt) -> tuple[str, bool]:

@@ -61,10 +61,15 @@ def test_settings_name_method_options_and_model(result):
         "recursion": "reasoning",
         "positions": "token",
         "ignore": [3, "a"],
+        "format": None,
         "model": "Qwen3ForCausalLM",
         "family": "qwen3",
         "dtype": "float32",
         "source": "streaming",
+        "target_rule": "what follows <think>…</think>",
+        "reasoning_rule": "<think>…</think>",
+        "hops_followed": 2,
+        "mass_left": result.settings["mass_left"],
     }
 
 

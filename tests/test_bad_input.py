@@ -113,16 +113,29 @@ def test_a_target_of_ignored_tokens_is_refused():
         FlashTrace(tiny("llama"), ignore=IDS.tolist()).attribute_ids(IDS, **SPANS)
 
 
-@pytest.mark.parametrize("target", [3, "x", 1.5, slice(1, 9, 2), (1, 2, 3), (1.0, 2.0)])
+@pytest.mark.parametrize("target", [1.5, True, slice(1, 9, 2), (1, 2, 3), (1.0, 2.0)])
 def test_what_is_not_a_span_is_refused(target):
     with pytest.raises(SpanError, match=r"target must be a Span\(start, stop\)"):
         FlashTrace(tiny("llama")).attribute_ids(IDS, prompt_length=8, target=target)
+
+
+def test_a_text_needs_a_tokenizer_and_a_position_lies_in_the_generation():
+    method = FlashTrace(tiny("llama"))
+    with pytest.raises(SpanError, match="without a tokenizer only positions are known"):
+        method.attribute_ids(IDS, prompt_length=8, target="x")
+    with pytest.raises(SpanError, match="target 3:4 is outside the generation 8:"):
+        method.attribute_ids(IDS, prompt_length=8, target=3)
+    with pytest.raises(SpanError, match="without a tokenizer no answer can be found"):
+        method.attribute_ids(IDS, prompt_length=8)
 
 
 def test_python_ranges_are_spans():
     method = FlashTrace(tiny("llama"))
     expected = method.attribute_ids(IDS, **SPANS)
     assert method.attribute_ids(IDS, prompt_length=8, target=(15, 18), reasoning=slice(9, 14)) == expected
+    length = len(IDS)
+    counted_from_the_end = slice(15 - length, 18 - length or None)
+    assert method.attribute_ids(IDS, prompt_length=8, target=counted_from_the_end, reasoning=[9, 14]) == expected
 
 
 def test_a_prompt_length_is_a_whole_number():

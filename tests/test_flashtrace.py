@@ -7,15 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.authors import authors_flashtrace
-from benchmarks.flashtrace_speed import Case, build
 from flashtrace_plugin import IFR, ClosureError, FlashTrace, RecursiveAttribution, Span
 from flashtrace_plugin.core.flow import pattern as pattern_module
 from flashtrace_plugin.core.flow.pattern import QKPattern, StoredPattern, pattern_rows, weighted_flow
 from flashtrace_plugin.core.flow.proximity import proximity, source_proximity
 from flashtrace_plugin.core.recursion import recurse
+from flashtrace_plugin.evaluation.authors import authors_flashtrace
 from tests.reference import dense
-from tests.tiny import random_ids, tiny
+from tests.tiny import plain_llama, random_ids, tiny
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gpt2"]
 PROMPT, REASONING, TARGET = 14, Span(17, 29), Span(31, 36)
@@ -103,12 +102,13 @@ def test_agrees_with_the_authors_package_on_llama(hops):
 
 def test_rounding_stays_far_below_that_of_the_literal_formula():
     """On the benchmark's shape, against a float64 reference: 2e-7 here, 5e-5 where large norms are subtracted."""
-    model, example = build("llama", 256, 4), Case(512, 64)
-    spans = (example.target.start, example.target.stop), (example.reasoning.start, example.reasoning.stop)
-    layers = dense.read_dense(model, example.ids()[0])
-    exact = dense.flashtrace(layers, example.reasoning.start, *spans, 1)["scores"]
-    ours = FlashTrace(model).attribute_ids(example.ids(), **example.spans).scores
-    theirs = authors_flashtrace(model, example.ids(), *spans, 1).observation["sum"][: example.reasoning.start]
+    model, ids = plain_llama(width=256, layers=4), random_ids(512, vocab_size=1000)
+    reasoning, target = Span(320, 448), Span(448, 512)
+    spans = (target.start, target.stop), (reasoning.start, reasoning.stop)
+    exact = dense.flashtrace(dense.read_dense(model, ids), reasoning.start, *spans, 1)["scores"]
+    given = {"prompt_length": reasoning.start, "target": target, "reasoning": reasoning}
+    ours = FlashTrace(model).attribute_ids(ids, **given).scores
+    theirs = authors_flashtrace(model, ids[None], *spans, 1).observation["sum"][: reasoning.start]
     gap, literal = (float((scores - exact).abs().max() / exact.max()) for scores in (ours, theirs))
     assert gap < 1e-6 and gap < literal / 20
 

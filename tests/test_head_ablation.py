@@ -7,10 +7,12 @@ import torch
 
 pytest.importorskip("transformer_lens")
 
-from benchmarks import head_ablation as ablation
-from benchmarks.method_comparison import cases, draw
 from flashtrace_lens import bridge_for
 from flashtrace_plugin import reasoner
+from flashtrace_plugin.evaluation.drawing import reasoner_cases
+from tests.commands import run, script
+
+ablation = script("benchmarks.head_ablation")
 
 
 def test_sets_of_heads():
@@ -29,7 +31,7 @@ def test_sets_of_heads():
 def test_a_silenced_head_costs_what_its_missing_write_costs(where):
     """Zeroing what the output projection reads of the head does the same in the plain model."""
     model, tokenizer = reasoner.load()
-    (case,), _ = draw(cases(model, tokenizer, "variables, 2 hops", 64, 0), 1)
+    (case,), _ = reasoner_cases(model, tokenizer, "variables, 2 hops", wanted=1, length=64)
     heads = torch.zeros(1, 4, 4, dtype=torch.bool)
     heads[0, 1, 2] = True
     bridge = bridge_for(model, tokenizer)
@@ -52,3 +54,10 @@ def test_a_silenced_head_costs_what_its_missing_write_costs(where):
     handle.remove()
     assert falls[ablation.LARGEST] == pytest.approx(expected, abs=1e-4)
     assert falls[ablation.GAIN] == 0
+
+
+def test_the_command_prints_a_table(capsys):
+    out = run("benchmarks.head_ablation", "--samples 2 --draws 2 --task needles", capsys)
+    head, _, *rows = out.strip().splitlines()
+    assert head.startswith("| fall of log P(answer) | n | largest shares |") and "L0, L1, L2, L3" in head
+    assert len(rows) == 3 and all(row.startswith("| needles; ") and "| 2 |" in row for row in rows)

@@ -23,7 +23,7 @@ from flashtrace_plugin.core.hessian.windows import windows
 from flashtrace_plugin.methods.heta import ABLATIONS, PRESETS, terms
 from flashtrace_plugin.methods.heta.terms import WeightedTarget, mask_vector
 from flashtrace_plugin.models.derive import blockwise
-from flashtrace_plugin.models.derive.blockwise import Layer
+from flashtrace_plugin.models.derive.blockwise import BlockedLayer
 from flashtrace_plugin.models.derive.tails import Tails, twice_differentiable
 from flashtrace_plugin.models.read.capture import capture
 from tests.reference import heta as reference
@@ -406,13 +406,13 @@ def test_patterns_formed_again_by_blocks_give_the_same_curvature(family, rows, m
     assert any(layer.length > layer.blocks[-1].rows.stop for layer in layers)
 
 
-def by_blocks(monkeypatch, rows: int) -> list[Layer]:
+def by_blocks(monkeypatch, rows: int) -> list[BlockedLayer]:
     """The layers that will be cut into blocks of that many queries; two products have a graph of their own."""
     layers = []
     monkeypatch.setattr(curvature, "PRODUCTS_PER_GRAPH", 2)
     monkeypatch.setattr(blockwise, "BLOCK_BYTES", 1)
     monkeypatch.setattr(blockwise, "MIN_BLOCK_ROWS", rows)
-    monkeypatch.setattr(blockwise, "Layer", lambda *args: layers.append(Layer(*args)) or layers[-1])
+    monkeypatch.setattr(blockwise, "BlockedLayer", lambda *args: layers.append(BlockedLayer(*args)) or layers[-1])
     return layers
 
 
@@ -459,7 +459,7 @@ def test_blocks_of_half_precision_are_summed_in_float32(monkeypatch):
     def gradients(dtype, rows):
         by_blocks(monkeypatch, rows)
         leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
-        output = blockwise._Attention.apply(Layer(attend, *leaves[:2], None), *leaves)
+        output = blockwise._Attention.apply(BlockedLayer(attend, *leaves[:2], None), *leaves)
         return torch.autograd.grad(output, leaves, (1 + g).transpose(1, 2).to(dtype))
 
     exact = gradients(torch.float32, 512)
@@ -483,9 +483,9 @@ def test_blocks_read_no_keys_beyond_their_mask(monkeypatch):
     allowed = (j <= i) & (j > i - 3)
     q = torch.zeros(1, 2, 6, 4)
     for mask in (allowed[None, None], torch.zeros(1, 1, 6, 6).masked_fill(~allowed, torch.finfo(torch.float32).min)):
-        blocks = Layer(lambda *args: q, q, q, mask).blocks
+        blocks = BlockedLayer(lambda *args: q, q, q, mask).blocks
         assert [b.keys for b in blocks] == [slice(0, 2), slice(0, 4), slice(2, 6)]
-    free = Layer(lambda *args: q, q, q, None).blocks
+    free = BlockedLayer(lambda *args: q, q, q, None).blocks
     assert [b.keys for b in free] == [slice(0, 6)] * 3
 
 

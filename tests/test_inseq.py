@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import re
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,10 +17,18 @@ import transformers
 
 inseq = pytest.importorskip("inseq")
 
+from inseq.data import Aggregator  # noqa: E402
+from inseq.utils.id_utils import INSEQ_ID_MAP  # noqa: E402
+
 import flashtrace_inseq  # noqa: E402
-from flashtrace_inseq.registration import warn_if_taken  # noqa: E402
-from flashtrace_plugin import IFR, Attribution, FlashTrace, RecursiveAttribution, Span  # noqa: E402
-from flashtrace_plugin.errors import InputError, SpanError, UnsupportedModelError  # noqa: E402
+from flashtrace_inseq.aggregators import HopAggregator, PartAggregator  # noqa: E402
+from flashtrace_inseq.registration import CLASSES, warn_if_taken  # noqa: E402
+from flashtrace_plugin import IFR, Attribution, FlashTrace, Method, RecursiveAttribution, Span  # noqa: E402
+from flashtrace_plugin.core.recursion import Hop  # noqa: E402
+from flashtrace_plugin.errors import InputError, ReasoningWarning, SpanError, UnsupportedModelError  # noqa: E402
+from flashtrace_plugin.methods import METHODS as REGISTRY  # noqa: E402
+from flashtrace_plugin.methods import driven, register_method  # noqa: E402
+from flashtrace_plugin.methods.base import options_of  # noqa: E402
 from tests.tiny import BOS, EOS, tiny, tiny_tokenizer  # noqa: E402
 
 PROMPT = "The key of the red box is in the garden. Question: where is the key?"
@@ -88,12 +98,27 @@ def test_methods_are_registered_and_explained(capsys):
         assert len(capsys.readouterr().out) > 200
 
 
+def test_exported_classes_are_those_that_inseq_finds():
+    methods, aggregators = (kind.available_classes() for kind in (inseq.attr.FeatureAttribution, Aggregator))
+    exported = {
+        "flashtrace": flashtrace_inseq.FlashTraceAttribution,
+        "ifr": flashtrace_inseq.IFRAttribution,
+        "recursive": flashtrace_inseq.RecursiveTokenAttribution,
+        "heta": flashtrace_inseq.HETAAttribution,
+    }
+    assert {name: methods[name] for name in exported} == exported
+    assert {name: cls.core for name, cls in exported.items()} == {name: REGISTRY[name] for name in exported}
+    assert aggregators["hops"] is HopAggregator and issubclass(HopAggregator, PartAggregator)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_explanation_names_every_option(name, capsys):
-    inseq.explain("flashtrace")
+    inseq.explain(name)
     text = capsys.readouterr().out
-    method = dict.fromkeys(METHODS) and inseq.attr.FeatureAttribution.available_classes()[name]
-    assert all(option in text for option in method.options())
+    method = inseq.attr.FeatureAttribution.available_classes()[name]
+    assert {"target", "reasoning", "positions", "ignore", "format"} <= method.options()
+    assert all(f"\n    {option}: " in text for option in method.options())
+    assert all(one.help[:60] in text.replace("\n       ", "") for one in options_of(method.core))
 
 
 def test_import_is_silent_when_the_names_are_free_and_warns_when_not(monkeypatch):
@@ -113,6 +138,91 @@ def test_missing_inseq_names_the_extra():
         "ImportError: flashtrace_inseq needs Inseq; install it with: pip install 'flashtrace-plugin[inseq]'"
         in run.stderr
     )
+
+
+# Methods that are registered after the import
+
+
+class Late(Method):
+    """A method of another package: more importance for what is nearer."""
+
+    name = "late"
+    drives = driven(hops=0, recursion="reasoning", positions="token", ignore=())
+
+    def start(self, task):
+        def step(weights):
+            alpha = torch.arange(task.length) * (torch.arange(task.length) < weights.nonzero().min())
+            return Hop(alpha / alpha.sum(), components={"layers": torch.ones(3, 2)})
+
+        return step
+
+
+class LateByToken(Late):
+    """The same with a row for every target token."""
+
+    name = "late_by_token"
+
+    def start(self, task):
+        step = super().start(task)
+        rows = torch.arange(len(task.target) * task.length).reshape(-1, task.length).float()
+        return lambda weights: replace(step(weights), components={"per_token": rows})
+
+
+@pytest.fixture
+def registered():
+    """Two methods that are registered for one test."""
+    yield [register_method(Late), register_method(LateByToken)]
+    for name in (Late.name, LateByToken.name):
+        for known in (REGISTRY._registered, CLASSES, INSEQ_ID_MAP):
+            known.pop(name, None)
+    gc.collect()
+
+
+def test_a_method_registered_later_is_there_by_name_with_the_numbers_of_python(
+    hf, tokenizer, model, registered, capsys, tmp_path
+):
+    assert {"late", "late_by_token"} <= set(inseq.list_feature_attribution_methods())
+    inseq.explain("late")
+    explained = capsys.readouterr().out
+    assert "A method of another package" in explained and "\n    hops: " in explained and "default: 0" in explained
+    found = model.attribute(PROMPT, TEXT, method="late", hops=2)
+    expected = core(hf, tokenizer, Late, hops=2)
+    assert flashtrace_inseq.attributions(found) == [expected]
+    assert expected.hop_scores[1].any()
+    assert found[0]._parts == ["total", "hop 0", "hop 1", "hop 2"], "a component that is not over tokens is no part"
+    assert_same(inseq.load_model(hf, "late", tokenizer=tokenizer).attribute(PROMPT, TEXT, hops=2), found)
+    found.save(tmp_path / "out.json")
+    assert inseq.FeatureAttributionOutput.load(tmp_path / "out.json") == found
+    with pytest.raises(InputError, match="'late' has no option speed; it takes format, hops"):
+        model.attribute(PROMPT, TEXT, method="late", attribution_args={"speed": 1})
+
+
+def test_a_result_with_rows_for_target_tokens_has_their_columns_whatever_its_name(model, registered):
+    item = model.attribute(PROMPT, TEXT, method="late_by_token")[0]
+    (a,) = item._attributions
+    assert item.target_attributions.shape == (a.target.stop, len(a.target))
+    for column, position in enumerate(a.target):
+        rows = a.components["per_token"][column]
+        torch.testing.assert_close(item.target_attributions[:position, column], rows[:position])
+        assert item.target_attributions[position:, column].isnan().all()
+
+
+def test_a_method_that_is_registered_again_takes_its_own_place(registered):
+    made = CLASSES["late"]
+    again = type("Late", (Late,), {"__doc__": "Rewritten.", "__module__": __name__})
+    register_method(again)
+    assert CLASSES["late"] is made and made.core is again and INSEQ_ID_MAP["late"].__doc__.startswith("Rewritten.")
+    names = [c.method_name for c in inseq.attr.FeatureAttribution.subclasses() if c.__name__ == "LateAttribution"]
+    assert names == ["late"]
+
+
+def test_a_later_clash_with_a_method_of_inseq_warns(monkeypatch, request):
+    known = inseq.attr.FeatureAttribution.available_classes
+    monkeypatch.setattr(
+        inseq.attr.FeatureAttribution, "available_classes", lambda: known() | {"late": torch.nn.Linear}
+    )
+    with pytest.warns(UserWarning, match=r"method 'late' is already registered in Inseq by torch\.nn"):
+        request.getfixturevalue("registered")
 
 
 # Numbers
@@ -173,6 +283,39 @@ def test_options_reach_the_method(hf, tokenizer, model, options):
     found = model.attribute(PROMPT, TEXT, **options)
     assert flashtrace_inseq.attributions(found) == [core(hf, tokenizer, **options)]
     assert found.info["attribution_args"] == options
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("ifr", {"positions": "predicting"}),
+        ("ifr", {"ignore": ["garden", "."]}),
+        ("recursive", {"recursion": "prompt", "ignore": [7]}),
+        ("recursive", {"format": "think", "positions": "predicting"}),
+        ("flashtrace", {"format": ["It", "the"]}),
+    ],
+)
+def test_options_of_the_driver_reach_all_methods(hf, tokenizer, model, name, options, tmp_path):
+    found = model.attribute(PROMPT, TEXT, method=name, **options)
+    expected = core(hf, tokenizer, REGISTRY[name], **options)
+    assert flashtrace_inseq.attributions(found) == [expected]
+    assert expected != core(hf, tokenizer, REGISTRY[name])
+    found.save(tmp_path / "out.json")
+    assert inseq.FeatureAttributionOutput.load(tmp_path / "out.json").info == found.info
+
+
+def test_ignored_tokens_may_come_from_an_iterator(hf, tokenizer, model):
+    found = model.attribute(PROMPT, TEXT, ignore=iter([".", 7]))
+    assert flashtrace_inseq.attributions(found) == [core(hf, tokenizer, ignore=[".", 7])]
+    assert found.info["attribution_args"] == {"ignore": [".", 7]}
+
+
+def test_hops_without_reasoning_are_said_out_loud(model):
+    with pytest.warns(ReasoningWarning, match="flashtrace: 2 hops were asked for, but no reasoning was found"):
+        model.attribute(PROMPT, PROMPT + " In the garden.", hops=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.attribute(PROMPT, TEXT, hops=2)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -381,6 +524,37 @@ def test_target_as_text_list_or_span(hf, tokenizer, model, where):
     }
 
 
+@pytest.mark.parametrize(
+    ("where", "span", "noted"),
+    [
+        (37, Span(37, 38), 37),
+        (-1, Span(38, 39), -1),
+        ([-2, 39], Span(37, 39), [-2, 39]),
+        ((37, -1), Span(37, 38), [37, -1]),
+        (slice(37, 39), Span(37, 39), [37, 39]),
+        (slice(-4, None), Span(35, 39), [-4, None]),
+        (torch.tensor(37), Span(37, 38), 37),
+    ],
+)
+def test_positions_are_read_as_in_python(hf, tokenizer, model, where, span, noted, tmp_path):
+    found = model.attribute(PROMPT, TEXT, target=where, reasoning=slice(-16, -11))
+    (a,) = flashtrace_inseq.attributions(found)
+    assert (a.target, a.reasoning) == (span, Span(23, 28))
+    assert a == FlashTrace(hf, tokenizer).attribute(PROMPT, GENERATION, target=where, reasoning=slice(-16, -11))
+    assert found.info["attribution_args"] == {"target": noted, "reasoning": [-16, -11]}
+    found.save(tmp_path / "out.json")
+    assert inseq.FeatureAttributionOutput.load(tmp_path / "out.json") == found
+    both = model.attribute([PROMPT] * 2, [TEXT] * 2, target=[where, "garden."], reasoning=[slice(-16, -11), None])
+    assert [b.target for b in flashtrace_inseq.attributions(both)] == [span, Span(37, 39)]
+
+
+def test_two_numbers_are_one_span_for_all_and_more_are_one_for_each(model):
+    pair = model.attribute([PROMPT] * 2, [TEXT] * 2, target=[36, 38])
+    assert [a.target for a in flashtrace_inseq.attributions(pair)] == [Span(36, 38)] * 2
+    three = model.attribute([PROMPT] * 3, [TEXT] * 3, target=[36, -1, 37])
+    assert [a.target.start for a in flashtrace_inseq.attributions(three)] == [36, 38, 37]
+
+
 def test_one_target_for_each_input(model):
     found = model.attribute([PROMPT, PROMPT], [TEXT, TEXT], target=["garden.", [36, 38]], reasoning=[None, "red."])
     first, second = flashtrace_inseq.attributions(found)
@@ -409,6 +583,22 @@ def test_end_tokens_are_no_part_of_the_answer(model):
     assert a.text(a.target) == "It is in the garden." and a.token_ids[-1] == EOS
     asked = model.attribute(PROMPT, TEXT + "</s>", attr_pos_start=37, attr_pos_end=40)
     assert flashtrace_inseq.attributions(asked)[0].target == Span(37, 40)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_turn_ends_are_no_part_of_the_answer_though_they_are_not_the_end_token(hf, name):
+    chat = tiny_tokenizer()
+    chat.add_special_tokens({"additional_special_tokens": ["<|im_end|>", "<answer>"]})
+    model = inseq.load_model(hf, name, tokenizer=chat)
+    for end in ("<|im_end|>", "<|im_end|></s>", "<|im_end|><pad><pad>"):
+        (a,) = flashtrace_inseq.attributions(model.attribute(PROMPT, TEXT + end))
+        assert a.text(a.target) == "It is in the garden." and a.target.stop < len(a.tokens)
+        assert a == REGISTRY[name](hf, chat).attribute(PROMPT, GENERATION + end)
+        asked = model.attribute(PROMPT, TEXT + end, attr_pos_start=37)
+        assert flashtrace_inseq.attributions(asked)[0].target == Span(37, 39)
+    tagged = TEXT.removesuffix("garden.") + "<answer>garden</answer><|im_end|>"
+    (a,) = flashtrace_inseq.attributions(model.attribute(PROMPT, tagged))
+    assert a.text(a.target) == "garden" and a == REGISTRY[name](hf, chat).attribute(PROMPT, tagged[len(PROMPT) :])
 
 
 def test_the_prompt_keeps_the_tokens_it_had(tokenizer, model):
@@ -495,16 +685,25 @@ def test_encoder_decoders_are_refused_at_load(tokenizer):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"hops": -1}, InputError, "hops must be a whole number >= 0, got -1"),
+        ({"hops": -1}, InputError, "hops must be a whole number >= 0.* got -1"),
         ({"positions": "last"}, InputError, "positions must be one of 'token', 'predicting', got 'last'"),
         ({"target": "not there"}, SpanError, "occurs 0 times"),
-        ({"target": [37, 90]}, SpanError, "outside the generation 19:39"),
+        ({"target": [37, 90]}, SpanError, "37:90 ends after the last of 39 tokens, outside the generation"),
+        ({"target": [3, 25]}, SpanError, "3:25 is outside the generation 19:39"),
         ({"target": [38, 37]}, SpanError, "reversed"),
-        ({"target": 37}, InputError, r"must be a span \[start, stop\]"),
+        ({"target": 3.7}, SpanError, r"target must be a Span\(start, stop\) of token positions, one position"),
+        ({"target": -40}, SpanError, "empty, reversed or negative"),
+        ({"reasoning": slice(23, 28, 2)}, SpanError, "reasoning must be .* a slice without step"),
+        ({"format": ("<a>", "<a>")}, InputError, "never closes"),
+        ({"format": "thoughts"}, InputError, "format must be one of 'think'"),
         ({"target": [37, 39], "reasoning": [36, 38]}, SpanError, "overlap"),
         ({"target": "garden.", "attr_pos_start": 37}, InputError, "two ways to choose the target; use one"),
         ({"attr_pos_start": 37, "attr_pos_end": 37}, ValueError, "cannot be the same"),
-        ({"attribution_args": {"hop": 1}}, InputError, "'flashtrace' has no option hop; it takes hops, ignore"),
+        (
+            {"attribution_args": {"hop": 1}},
+            InputError,
+            "'flashtrace' has no option hop; it takes format, hops, ignore",
+        ),
     ],
 )
 def test_bad_options(model, options, error, message):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ inseq = pytest.importorskip("inseq")
 
 import flashtrace_inseq  # noqa: E402
 from flashtrace_plugin import HETA, Span  # noqa: E402
-from flashtrace_plugin.errors import InputError  # noqa: E402
+from flashtrace_plugin.errors import InputError, ReasoningWarning  # noqa: E402
 from tests.tiny import tiny, tiny_tokenizer  # noqa: E402
 
 PROMPT = "The key is in the garden."
@@ -114,6 +116,41 @@ def test_hops_follow_the_thinking_of_tokens_after_it(model, prompt_length):
     assert flashtrace_inseq.attributions(chosen)[0].reasoning is None
 
 
+def test_hops_that_no_token_can_follow_are_said_out_loud(model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.attribute(PROMPT, TEXT, hops=1, show_progress=False, **FAST)
+    with pytest.warns(ReasoningWarning, match="heta: 1 hop was asked for, but no reasoning was found"):
+        model.attribute(PROMPT, PROMPT + " Red.", hops=1, show_progress=False, **FAST)
+
+
+def test_ignored_tokens_have_a_column_of_zeros(hf, tokenizer, model, ids, prompt_length):
+    item = model.attribute(PROMPT, TEXT, ignore=["."], show_progress=False, **FAST)[0]
+    left_out = [tokenizer.decode(i).strip() == "." for i in ids]
+    assert item.target_attributions.shape == (len(ids), len(ids) - prompt_length, 5) and any(left_out[prompt_length:])
+    for column, position in enumerate(range(prompt_length, len(ids))):
+        scores = item.target_attributions[:, column]
+        assert scores[position:].isnan().all() and bool((scores[:position] == 0).all()) == left_out[position]
+        assert (scores[:position, 0][torch.tensor(left_out[:position])] == 0).all()
+    assert len(item._attributions) == len(ids) - prompt_length - sum(left_out[prompt_length:])
+    with pytest.raises(InputError, match="are ignored; ignore fewer"):
+        model.attribute(PROMPT, TEXT, ignore=["."], attr_pos_start=-1, **FAST)
+
+
+def test_turn_ends_have_no_column_and_positions_are_read_as_in_python(hf, ids, prompt_length):
+    chat = tiny_tokenizer()
+    chat.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    model = inseq.load_model(hf, "heta", tokenizer=chat)
+    item = model.attribute(PROMPT, TEXT + "<|im_end|>", show_progress=False, **FAST)[0]
+    assert item.target_attributions.shape[:2] == (len(ids), len(ids) - prompt_length)
+    for where, span in ((-1, Span(len(ids) - 1, len(ids))), (slice(-3, None), Span(len(ids) - 3, len(ids)))):
+        (a,) = flashtrace_inseq.attributions(model.attribute(PROMPT, TEXT, target=where, **FAST))
+        assert a.target == span
+        torch.testing.assert_close(
+            a.scores, HETA(hf, chat, **FAST).attribute(PROMPT, TEXT[len(PROMPT) :], target=where).scores
+        )
+
+
 def test_by_name_and_as_object_give_the_same(model, hf, tokenizer, tmp_path):
     hf.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
@@ -145,4 +182,4 @@ def test_another_attributed_function_is_refused(model, capsys):
         model.attribute(PROMPT, TEXT, step_scores=["probability"])
     inseq.explain("heta")
     explained = capsys.readouterr().out
-    assert all(option in explained for option in flashtrace_inseq.HETAAttribution.options())
+    assert all(f"\n    {option}: " in explained for option in flashtrace_inseq.HETAAttribution.options())

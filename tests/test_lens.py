@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ from transformer_lens.model_bridge.sources import build_bridge_from_module
 import flashtrace_lens.capture as capture_module
 from flashtrace_lens import FlashTraceResult, bridge_for, flashtrace, names_filter
 from flashtrace_plugin import HETA, IFR, FlashTrace, RecursiveAttribution, Span, reasoner
-from flashtrace_plugin.errors import InputError
+from flashtrace_plugin.core.flow.components import final_stream_shares
+from flashtrace_plugin.errors import InputError, ReasoningWarning
 from flashtrace_plugin.evaluation import tasks
 from tests.tiny import random_ids, tiny, tiny_tokenizer
 
@@ -91,8 +93,32 @@ def test_tokens_of_labelled_results_have_their_scores(bridge, method):
 
 def test_heta_has_no_components(bridge):
     found = HETA(bridge, curvature=None, mask=None).attribute_ids(IDS, prompt_length=14, target=Span(36, 38))
-    with pytest.raises(InputError, match="no components"):
-        FlashTraceResult.of(found)
+    labelled = FlashTraceResult.of(found)
+    assert labelled.units == ["token", "head"]
+    for ask in (labelled.values, labelled.labels, lambda unit: labelled.top(unit=unit)):
+        with pytest.raises(InputError, match=r"heta divides no residual stream, so it has no components; .*gate in"):
+            ask("component")
+    assert torch.equal(labelled.values("head", hop=0), found.head_scores[0].flatten())
+
+
+def test_results_are_labelled_by_what_they_hold_and_not_by_name(result):
+    named = FlashTraceResult.of(replace(result.attribution, method="heta"))
+    assert_equal(named, result)
+    heads, residual, mlp = (getattr(result.attribution, n) for n in ("head_scores", "residual_shares", "mlp_shares"))
+    lacking = {
+        "nothing": {"head_scores": heads[:, :0, :0], "residual_shares": residual[:, :0], "mlp_shares": mlp[:, :0]},
+        "no shares of the MLP": {"mlp_shares": mlp[:, :0]},
+        "zeros for shares": {"residual_shares": residual * 0, "mlp_shares": mlp * 0},
+    }
+    for changed in lacking.values():
+        labelled = FlashTraceResult.of(replace(result.attribution, method="theirs", **changed))
+        assert "component" not in labelled.units
+        assert labelled.component_labels == []
+        assert labelled.components.shape == (3, 0)
+        assert labelled.top(3) == result.top(3)
+    nothing = FlashTraceResult.of(replace(result.attribution, method="theirs", **lacking["nothing"]))
+    with pytest.raises(InputError, match=r"theirs measures no heads, so it has no heads; this result has 'token'$"):
+        nothing.top(unit="head")
 
 
 @pytest.mark.parametrize("kept", [0, 5, 10**6])
@@ -210,6 +236,20 @@ def test_components_divide_the_stream(result):
     torch.testing.assert_close(result.components[:, 0], (residual * (1 - mlp)).prod(-1))
 
 
+def test_a_hop_without_shares_divides_nothing(result):
+    """Such as the one row that hops=inf has for all further hops: mass reached it, but it was not run."""
+    residual, mlp = (getattr(result.attribution, name).clone() for name in ("residual_shares", "mlp_shares"))
+    residual[1], mlp[1] = 0, 0
+    labelled = FlashTraceResult.of(replace(result.attribution, residual_shares=residual, mlp_shares=mlp))
+    assert labelled.components.sum(1).tolist() == pytest.approx([1, 0, 1])
+
+
+def test_shares_of_the_stream_by_hand():
+    """Layer 1 of 2: half bypasses attention, 0.6 of that the MLP (0.3); layer 2: 0.8 and 0.5 of it (0.4)."""
+    shares = final_stream_shares(torch.tensor([[0.5, 0.8]]), torch.tensor([[0.4, 0.5]]))
+    torch.testing.assert_close(shares, torch.tensor([[0.3 * 0.4, 0.5 * 0.6 * 0.4, 0.4 * 0.4, 0.2 * 0.5, 0.5]]))
+
+
 def test_values_of_all_hops_are_weighted_by_what_reached_them(result):
     torch.testing.assert_close(result.values("token"), result.scores)
     rho = result.reasoning_mass
@@ -219,7 +259,8 @@ def test_values_of_all_hops_are_weighted_by_what_reached_them(result):
 
 
 def test_hops_that_nothing_reaches_are_zero(bridge):
-    result = flashtrace(bridge, IDS, target=(31, 36), hops=2)
+    with pytest.warns(ReasoningWarning, match="no reasoning was found"):
+        result = flashtrace(bridge, IDS, target=(31, 36), hops=2)
     assert float(result.components[1:].abs().sum()) == 0
 
 
@@ -230,13 +271,16 @@ def test_top_is_sorted(result):
     assert best[0][1] == float(result.heads[0, layer, head]) == float(result.heads[0].max())
 
 
-@pytest.mark.parametrize("target", [(31, 36), slice(31, 36), slice(-9, -4), (-9, -4), Span(31, 36)])
+@pytest.mark.parametrize(
+    "target", [(31, 36), [31, 36], slice(31, 36), slice(-9, -4), (-9, -4), (31, -4), Span(31, 36)]
+)
 def test_positions_are_given_as_in_transformer_lens(bridge, result, target):
     assert_equal(flashtrace(bridge, IDS, target=target, reasoning=slice(17, 29), hops=2), result)
 
 
-def test_one_position_may_be_an_index(bridge):
-    ours = flashtrace(bridge, IDS, target=-1).attribution
+@pytest.mark.parametrize("last", [-1, 39, slice(-1, None), torch.tensor(39)])
+def test_one_position_may_be_an_index(bridge, last):
+    ours = flashtrace(bridge, IDS, target=last, hops=0).attribution
     assert (ours.target, ours.prompt) == (Span(39, 40), Span(0, 39))
 
 

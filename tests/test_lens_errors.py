@@ -77,11 +77,40 @@ def test_anything_but_a_bridge_is_refused():
 
 @pytest.mark.parametrize(
     ("target", "message"),
-    [(24, "after the last of 24"), ((20, 30), "after the last of 24"), ((9, 9), "empty"), ("x", "must be a position")],
+    [
+        (24, "after the last of 24"),
+        ((20, 30), "after the last of 24"),
+        ((9, 9), "empty"),
+        ((-30, 4), "negative"),
+        ("x", "without a tokenizer only positions are known"),
+        (None, "without a tokenizer no answer can be found"),
+        (2.5, "must be .* one position"),
+        ((1, 2, 3), "must be .* one position"),
+        (slice(2, 9, 2), "a slice without step"),
+    ],
 )
 def test_positions_outside_the_text(bridge, target, message):
+    told = {"prompt_length": 4} if target is None or isinstance(target, str) else {}
     with pytest.raises(SpanError, match=message):
-        flashtrace(bridge, IDS, target=target)
+        flashtrace(bridge, IDS, target=target, **told)
+
+
+@pytest.mark.parametrize("spans", [{}, {"target": "x"}, {"target": -1, "reasoning": "x"}, {"reasoning": (4, 9)}])
+def test_texts_are_looked_for_behind_the_prompt_only(bridge, spans):
+    with pytest.raises(InputError, match=r"say where it begins: pass prompt_length"):
+        flashtrace(bridge, IDS, **spans)
+
+
+@pytest.mark.parametrize("length", [0, 24, 30, 4.0])
+def test_a_prompt_length_that_leaves_nothing(bridge, length):
+    with pytest.raises((SpanError, InputError), match=r"the prompt has|prompt_length must be"):
+        flashtrace(bridge, IDS, target=-1, prompt_length=length)
+
+
+@pytest.mark.parametrize("ids", [torch.tensor([1.0, 2.0]), torch.zeros(2, 9, dtype=torch.long), [5, -1], [5, 9999]])
+def test_ids_that_are_none(bridge, ids):
+    with pytest.raises(InputError, match=r"input_ids must be|outside the vocabulary"):
+        flashtrace(bridge, ids, target=-1)
 
 
 def test_units_and_hops_that_do_not_exist(bridge):
@@ -110,7 +139,7 @@ def test_edits_between_heads_and_stream_do_not_add_up_and_hooks_are_gone(bridge)
 def test_a_bridge_that_computes_something_else_is_refused():
     wrong = bridge_for(tiny("llama"))
     other = tiny("llama", seed=1)
-    boot._verified.discard(wrong)
+    boot._agreeing.discard(wrong)
     with pytest.raises(ClosureError, match=r"other logits than the LlamaForCausalLM it wraps \(relative gap"):
         boot.verify(wrong, IDS[None], reference=other)
     assert not boot.is_verified(wrong)

@@ -12,20 +12,10 @@ from transformer_lens.model_bridge.sources import build_bridge_from_module
 from flashtrace_lens import bridge_for
 from flashtrace_plugin import ClosureError, FlashTrace, Span, UnsupportedModelError
 from flashtrace_plugin.models.read.layouts import supported_families
+from tests.families import NOT_BOOTED
 from tests.tiny import FAMILIES, random_ids, tiny
 
 LENGTH, PROMPT, REASONING, TARGET = 40, 14, Span(17, 29), Span(31, 36)
-
-NOT_BOOTED = {
-    "dots1": "Unsupported architecture",
-    "falcon:40b": "split_with_sizes",
-    "gpt_bigcode:multi_head": "only supports multi_query=True",
-    "granitemoeshared": "Unsupported architecture",
-    "helium": "Unsupported architecture",
-    "hunyuan_v1_moe": "Unsupported architecture",
-    "ministral": "Unsupported architecture",
-}
-"""Families that TransformerLens 4.3 does not boot, with its reason."""
 
 
 def streamed(family: str) -> bool:

@@ -15,7 +15,7 @@ import torch
 from flashtrace_plugin import IFR, Attribution, FlashTrace, Span
 from flashtrace_plugin.report import colours
 from flashtrace_plugin.report.flow import hop_rows, segments
-from flashtrace_plugin.report.html import render
+from flashtrace_plugin.report.html import as_html
 from flashtrace_plugin.report.layers import layer_maps
 from flashtrace_plugin.report.marks import in_table, in_text, percent, shorten
 from flashtrace_plugin.report.tokens import top_rows
@@ -117,7 +117,7 @@ class Page(HTMLParser):
 
 
 def read(attribution, **options):
-    return Page(render(attribution, **options)).root
+    return Page(as_html(attribution, **options)).root
 
 
 def shown_tokens(page):
@@ -152,7 +152,7 @@ def test_the_page_allows_its_own_script_and_nothing_else():
 
 @pytest.mark.parametrize("fragment", [False, True])
 def test_nothing_is_fetched(fragment):
-    html = render(made(), fragment=fragment)
+    html = as_html(made(), fragment=fragment)
     assert not [x for x in ("http://", "https://", "url(", "@import", "src=", "<link", "<iframe") if x in html]
     assert all(a.attributes["href"].startswith("#") for a in Page(html).root.all("a"))
 
@@ -330,7 +330,7 @@ def test_invisible_characters_are_shown():
 
 def test_a_long_text_stays_small():
     words = tuple(f" word{i % 97}" for i in range(2000))
-    html = render(made(words, reasoning=400, target=20, hops=4, layers=48, heads=32))
+    html = as_html(made(words, reasoning=400, target=20, hops=4, layers=48, heads=32))
     assert len(html.encode()) < 1_500_000
 
 
@@ -343,7 +343,7 @@ def test_fragments_do_not_get_in_each_others_way():
 
 def test_a_page_is_the_same_every_time(tmp_path):
     made().to_html(tmp_path / "one.html")
-    assert (tmp_path / "one.html").read_text(encoding="utf-8") == render(made())
+    assert (tmp_path / "one.html").read_text(encoding="utf-8") == as_html(made())
 
 
 @pytest.mark.parametrize("cls", [FlashTrace, IFR])

@@ -7,11 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flashtrace_plugin import FlashTraceError, Span, SpanError
-from flashtrace_plugin.spans import check_spans, find_parts, find_text, tokens_over, trim
+from flashtrace_plugin.formats import find_parts
+from flashtrace_plugin.spans import check_spans, find_text, tokens_over, trim
 
 
 def parts(text: str) -> tuple[str, str | None]:
-    target, reasoning = find_parts(text)
+    found = find_parts(text)
+    target, reasoning = found.target, found.reasoning
     return text[slice(*target)], None if reasoning is None else text[slice(*reasoning)]
 
 
@@ -94,8 +96,9 @@ PIECES = [*"ab <>{}\\/\n", "<think>", "</think>", "\\boxed{", "<answer>", "</ans
 @given(st.lists(st.sampled_from(PIECES)).map("".join))
 def test_whatever_is_found_lies_in_order_inside_the_text(text):
     try:
-        target, reasoning = find_parts(text)
+        found = find_parts(text)
     except SpanError:
         return
+    target, reasoning = found.target, found.reasoning
     assert 0 <= target[0] < target[1] <= len(text) and trim(text, target) == target
     assert reasoning is None or 0 <= reasoning[0] < reasoning[1] <= target[0]

@@ -59,7 +59,7 @@ def test_spans_are_passed_through(tokenizer):
     assert text.locate(Span(n - 2, n), Span(p, p + 3)) == (Span(n - 2, n), Span(p, p + 3))
     assert text.locate((n - 2, n), slice(p, p + 3)) == (Span(n - 2, n), Span(p, p + 3))
     with pytest.raises(SpanError, match=r"target must be a Span\(start, stop\) of token positions"):
-        text.locate(3, None)
+        text.locate(3.5, None)
 
 
 def test_ids_give_the_same_text_as_the_text_itself(tokenizer):

@@ -148,13 +148,32 @@ def tiny(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **ov
 
     The same arguments give the same weights, whatever the state of the global random generator, which is left alone.
     """
-    name, settings = FAMILIES[family]
-    config = getattr(transformers, name)(**{**COMMON, **settings, **overrides})
+    config = config_of(family, **overrides)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     randomise(model, seed)
     return model.to(dtype).eval()
+
+
+def config_of(family: str, **overrides):
+    """The configuration of a tiny model; `overrides` are its fields."""
+    name, settings = FAMILIES[family]
+    return getattr(transformers, name)(**{**COMMON, **settings, **overrides})
+
+
+def plain_llama(width: int, layers: int):
+    """A llama as transformers draws it, with heads of 64 channels: the shape that the speed benchmark times."""
+    config = transformers.LlamaConfig(
+        vocab_size=1000,
+        hidden_size=width,
+        intermediate_size=width * 11 // 4,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 
 @torch.no_grad()

@@ -14,7 +14,11 @@ from torch import Tensor
 
 from flashtrace_captum.errors import CaptumInputError
 from flashtrace_captum.targets import Example, Target, read_examples
-from flashtrace_plugin import Attribution, Span
+from flashtrace_plugin.attribution import Attribution
+from flashtrace_plugin.formats import FormatChoice
+from flashtrace_plugin.positions import Positions
+from flashtrace_plugin.spans import Span, check_spans
+from flashtrace_plugin.text import Located, TokenizedText
 
 Inputs = Union[Tensor, tuple[Tensor]]
 
@@ -26,7 +30,7 @@ class TokenScores:
     scores:      [N]      importance of every position for the target; only those before the target are used
     per_token:   [M, N]   the same for each of the M target tokens, if the method computes it; their mean is
                           proportional to ``scores``
-    attribution:          everything else that FlashTrace, IFR and their kin find
+    attribution:          everything else that a method of flashtrace_plugin finds
     """
 
     scores: Tensor
@@ -41,7 +45,10 @@ class TokenAttribution(CaptumAttribution, ABC):
     model wrapper come with it.
 
     forward_func: the model itself, which keeps its ``generate`` and its parameters within reach
+    format:       the reasoning format that texts are searched for, by name or as its two markers; None for all
     """
+
+    format: FormatChoice = None
 
     def __init__(self, forward_func: Any) -> None:
         super().__init__(forward_func)
@@ -57,6 +64,25 @@ class TokenAttribution(CaptumAttribution, ABC):
         target:        positions to explain
         reasoning:     positions to follow importance through
         """
+
+    def text_scores(
+        self,
+        text: TokenizedText,
+        target: Positions | str | None = None,
+        reasoning: Positions | str | None = None,
+        **options: Any,
+    ) -> tuple[Located, TokenScores]:
+        """Scores of a tokenized text, with the spans they are of, which are found in it unless they are given."""
+        where = text.parts(target, reasoning, self.format)
+        check_spans(len(text.input_ids), text.prompt_length, where.target, where.reasoning, str(where))
+        found = self.checked_scores(
+            text.input_ids,
+            prompt_length=text.prompt_length,
+            target=where.target,
+            reasoning=where.reasoning,
+            **options,
+        )
+        return where, found
 
     def checked_scores(self, input_ids: Tensor, **where: Any) -> TokenScores:
         """What :meth:`token_scores` finds. Raises CaptumInputError unless there is one score for each token."""
@@ -110,15 +136,20 @@ class TokenAttribution(CaptumAttribution, ABC):
             raise CaptumInputError(f"token ids must be (batch, length), got {list(ids.shape)}")
 
         def score(row: int, example: Example) -> Tensor:
-            return self.checked_scores(
-                ids[row, example.kept.slice],
-                prompt_length=example.prompt_length,
-                target=example.target,
-                reasoning=example.reasoning,
-                **options,
-            ).scores
+            return self.example_scores(ids[row], example, **options)
 
         return self._each(inputs, target, additional_forward_args, reasoning, score)
+
+    def example_scores(self, ids: Tensor, example: Example, **options: Any) -> Tensor:
+        """Scores of one row of a batch, without its padding. ids: [length]"""
+        found = self.checked_scores(
+            ids[example.kept.slice],
+            prompt_length=example.prompt_length,
+            target=example.target,
+            reasoning=example.reasoning,
+            **options,
+        )
+        return found.scores
 
     def _each(
         self,

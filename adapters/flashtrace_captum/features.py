@@ -13,12 +13,13 @@ from torch import Tensor
 from flashtrace_captum.errors import CaptumInputError, TemplateError
 from flashtrace_plugin.spans import Chars
 from flashtrace_plugin.text import pieces
+from flashtrace_plugin.units import token_shares
 
 TextInput = Union[TextTokenInput, TextTemplateInput]
 
-OPEN, CLOSE = 0xF0000, 0x100000
-"""Private-use characters that mark where a slot's value begins and ends in the filled template: OPEN + slot."""
-MAX_SLOTS = 0xFFFD
+_OPEN, _CLOSE = 0xF0000, 0x100000
+"""Private-use characters that mark where a slot's value begins and ends in the filled template: _OPEN + slot."""
+_MAX_SLOTS = 0xFFFD
 
 
 @dataclass(frozen=True)
@@ -55,22 +56,22 @@ def _token_features(inp: TextTokenInput, tokenizer: Any) -> Features:
 
 
 def _template_features(inp: TextTemplateInput, tokenizer: Any) -> Features:
-    text, slots = slot_characters(inp)
+    text, slots = _slot_characters(inp)
     if not getattr(tokenizer, "is_fast", False):
         raise TemplateError(
             f"{type(tokenizer).__name__} gives no character offsets, which tell the tokens of a slot; "
             "use a fast tokenizer, or a TextTokenInput"
         )
     encoded = encode_prompt(tokenizer, text, return_offsets_mapping=True)
-    weights = slot_weights(text, encoded["offset_mapping"], slots)
+    shares = token_shares(text, encoded["offset_mapping"], slots)
     groups = torch.arange(inp.n_features) if inp.mask is None else torch.tensor(inp.formatted_mask)
 
     def collect(scores: Tensor) -> Tensor:
-        by_slot = scores @ weights.T
+        by_slot = scores @ shares.T
         by_group = by_slot.new_zeros(*by_slot.shape[:-1], inp.n_itp_features).index_add(-1, groups, by_slot)
         return inp.format_attr(by_group.reshape(-1, inp.n_itp_features)).reshape(*by_slot.shape)
 
-    return Features(torch.tensor(encoded["input_ids"]), list(inp.values), weights.sum(0), collect)
+    return Features(torch.tensor(encoded["input_ids"]), list(inp.values), shares.sum(0), collect)
 
 
 def encode_prompt(tokenizer: Any, text: str, **options: Any) -> Any:
@@ -79,16 +80,16 @@ def encode_prompt(tokenizer: Any, text: str, **options: Any) -> Any:
     return tokenizer(text, add_special_tokens=special, **options)
 
 
-def slot_characters(inp: TextTemplateInput) -> tuple[str, list[list[Chars]]]:
+def _slot_characters(inp: TextTemplateInput) -> tuple[str, list[list[Chars]]]:
     """The filled template, and for each slot the character ranges it fills, several where it is repeated.
 
     Every value is wrapped in two characters of its own, the template is filled, and the characters are taken out
     again. Raises TemplateError unless the text is then what Captum gives the model.
     """
     text = inp.to_model_input()
-    if len(inp.values) > MAX_SLOTS:
-        raise TemplateError(f"the template has {len(inp.values)} slots, at most {MAX_SLOTS} can be traced")
-    if any(ord(char) >= OPEN for char in text):
+    if len(inp.values) > _MAX_SLOTS:
+        raise TemplateError(f"the template has {len(inp.values)} slots, at most {_MAX_SLOTS} can be traced")
+    if any(ord(char) >= _OPEN for char in text):
         raise TemplateError("the text holds characters of Unicode's private planes, which mark the slots; remove them")
     marked = [_marked(i, value) for i, value in enumerate(inp.values)]
     names = dict(zip(inp.dict_keys, marked, strict=True)) if inp.dict_keys else {}
@@ -104,7 +105,7 @@ def slot_characters(inp: TextTemplateInput) -> tuple[str, list[list[Chars]]]:
 
 def _marked(slot: int, value: str) -> str:
     """An empty value stays empty, because templates leave such values out."""
-    return f"{chr(OPEN + slot)}{value}{chr(CLOSE + slot)}" if value else value
+    return f"{chr(_OPEN + slot)}{value}{chr(_CLOSE + slot)}" if value else value
 
 
 def _take_out(filled: str, slots: int) -> tuple[str, list[list[Chars]]]:
@@ -114,28 +115,12 @@ def _take_out(filled: str, slots: int) -> tuple[str, list[list[Chars]]]:
     ranges: list[list[Chars]] = [[] for _ in range(slots)]
     for char in filled:
         code = ord(char)
-        if code < OPEN:
+        if code < _OPEN:
             plain.append(char)
-        elif code < CLOSE:
-            opened[code - OPEN] = len(plain)
-        elif code - CLOSE in opened:
-            ranges[code - CLOSE].append((opened.pop(code - CLOSE), len(plain)))
+        elif code < _CLOSE:
+            opened[code - _OPEN] = len(plain)
+        elif code - _CLOSE in opened:
+            ranges[code - _CLOSE].append((opened.pop(code - _CLOSE), len(plain)))
     if opened:
         raise TemplateError(f"the template cuts the value of slot {min(opened)}; fill values in as they are")
     return "".join(plain), ranges
-
-
-def slot_weights(text: str, offsets: list[Chars], slots: list[list[Chars]]) -> Tensor:
-    """Share of each token that each slot owns, [slots, tokens].
-
-    A token belongs to the slots by its characters other than white space, so that the space before a word does not
-    count for the template; a token of white space alone belongs by all its characters.
-    """
-    owner = {i: slot for slot, ranges in enumerate(slots) for a, b in ranges for i in range(a, b)}
-    weights = torch.zeros(len(slots), len(offsets))
-    for token, (start, stop) in enumerate(offsets):
-        visible = [i for i in range(start, stop) if not text[i].isspace()] or range(start, stop)
-        for i in visible:
-            if i in owner:
-                weights[owner[i], token] += 1 / len(visible)
-    return weights

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-WIDTH = 22
+_WIDTH = 22
 """Longest label of a single token, in characters."""
 
-CONTEXT = 26
+_CONTEXT = 26
 """Characters of text to either side of a token shown in context."""
 
 
-def label(token: str, width: int = WIDTH) -> str:
+def label(token: str, width: int = _WIDTH) -> str:
     """A token on one line: without the space around it, white space and unprintable characters spelled out."""
     return shortened(_one_line(token.strip(" ")), width) or "␣"
 
 
-def in_context(tokens: Sequence[str], i: int, width: int = CONTEXT) -> str:
+def in_context(tokens: Sequence[str], i: int, width: int = _CONTEXT) -> str:
     """Token i in brackets between what stands before and after it."""
     before, after, k = "", "", 1
     while len(before) < width and i - k >= 0:

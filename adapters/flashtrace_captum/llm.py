@@ -16,15 +16,19 @@ from flashtrace_captum.base import TokenAttribution, TokenScores
 from flashtrace_captum.errors import CaptumInputError
 from flashtrace_captum.features import Features, TextInput, encode_prompt, features_of
 from flashtrace_captum.result import LLMTraceAttributionResult
-from flashtrace_plugin import Span, SpanError
+from flashtrace_plugin.attribution import generation_rows
+from flashtrace_plugin.errors import SpanError
 from flashtrace_plugin.evaluation.metrics.likelihood import generation_logits, log_likelihood
 from flashtrace_plugin.models.guard import check_model, evaluating
-from flashtrace_plugin.text import from_ids, pieces
+from flashtrace_plugin.models.read.source import source_for
+from flashtrace_plugin.positions import as_span
+from flashtrace_plugin.spans import Span
+from flashtrace_plugin.text import Located, TokenizedText, end_ids, from_ids
 
 Part = Union[None, str, slice, Span]
 """A part of the response: a piece of its text, a slice of its tokens, or a Span of the whole sequence."""
 
-ROWS = 256
+_ROWS = 256
 """Response tokens whose logits are in float32 at a time; a vocabulary of 150,000 makes 150 MB of them."""
 
 
@@ -36,8 +40,8 @@ class LLMTraceAttribution(BaseLLMAttribution):
 
     Args:
 
-        attr_method (TokenAttribution): FlashTrace, IFR, RecursiveAttribution, HETA or a subclass of your own,
-            created with the model itself
+        attr_method (TokenAttribution): the class of a registered method, such as FlashTrace, or a subclass of your
+            own, created with the model itself
         tokenizer (Tokenizer): the model's tokenizer
 
     Examples::
@@ -96,11 +100,9 @@ class LLMTraceAttribution(BaseLLMAttribution):
         features = features_of(inp, self.tokenizer)
         response = self._response(features.prompt_ids, target, gen_args)
         ids = torch.cat([features.prompt_ids, response])
-        where, through = self._locate(ids, len(features.prompt_ids), answer, reasoning)
-        found = self.attr_method.checked_scores(
-            ids, prompt_length=len(features.prompt_ids), target=where, reasoning=through, **kwargs
-        )
-        return self._result(inp, features, ids, where, through, found)
+        text = from_ids(self.tokenizer, ids, len(features.prompt_ids), self._end_ids())
+        where, found = self._explained(text, answer, reasoning, kwargs)
+        return self._result(inp, features, text, where, found)
 
     def presence_function(self, inp: TextInput, target: str | Tensor) -> Callable[[Tensor], Tensor]:
         """log P(response) as a function of which features are present, for ``captum.metrics.infidelity``.
@@ -155,15 +157,16 @@ class LLMTraceAttribution(BaseLLMAttribution):
             raise CaptumInputError(f"the model generated nothing with {gen_args}; allow it new tokens")
         return response
 
-    def _locate(self, ids: Tensor, prompt_length: int, answer: Part, reasoning: Part) -> tuple[Span, Span | None]:
-        """Answer and reasoning as spans of the whole sequence."""
-        visible = ids[: _last_visible(ids, prompt_length, self.tokenizer.all_special_ids) + 1]
-        text = from_ids(self.tokenizer, visible, prompt_length)
+    def _end_ids(self) -> frozenset[int]:
+        return end_ids(self.tokenizer, *source_for(self.model).configs())
+
+    def _explained(
+        self, text: TokenizedText, answer: Part, reasoning: Part, options: dict[str, Any]
+    ) -> tuple[Located, TokenScores]:
+        """What the method finds for the answer, and where the answer is."""
         try:
-            return text.locate(
-                _part("answer", answer, prompt_length, len(ids)),
-                _part("reasoning", reasoning, prompt_length, len(ids)),
-            )
+            where = [_part(name, part, text) for name, part in (("answer", answer), ("reasoning", reasoning))]
+            return self.attr_method.text_scores(text, *where, **options)
         except SpanError as error:
             raise SpanError(
                 f"{error}. In this wrapper target is the whole response: choose its part with answer=... and "
@@ -171,27 +174,26 @@ class LLMTraceAttribution(BaseLLMAttribution):
             ) from error
 
     def _result(
-        self, inp: TextInput, features: Features, ids: Tensor, where: Span, through: Span | None, found: TokenScores
+        self, inp: TextInput, features: Features, text: TokenizedText, where: Located, found: TokenScores
     ) -> LLMTraceAttributionResult:
-        start = len(features.prompt_ids)
+        start = text.prompt_length
         scores = found.scores.detach().float().cpu()
         prompt, after = scores[:start], scores[start:].clone()
-        after[where.start - start :] = 0
-        tokens = pieces(self.tokenizer, ids.tolist())
-        detail = None if found.attribution is None else replace(found.attribution, tokens=tokens)
-        rows = None if found.per_token is None else _token_rows(found.per_token.cpu(), where, start, len(ids), prompt)
+        after[where.target.start - start :] = 0
+        detail = None if found.attribution is None else replace(found.attribution, tokens=text.tokens)
+        rows = None if found.per_token is None else generation_rows(found.per_token.cpu(), where.target, prompt)
         return LLMTraceAttributionResult(
             input_tokens=features.names,
-            output_tokens=list(tokens[start:]),
+            output_tokens=list(text.tokens[start:]),
             seq_attr=features.collect(prompt).to(self.device),
             token_attr=None if rows is None else features.collect(rows).to(self.device),
-            output_log_probs=self._log_probs(ids, start),
+            output_log_probs=self._log_probs(text.input_ids, start),
             inp=inp,
             response_attr=after.to(self.device),
             hop_attr=None if detail is None else features.collect(detail.hop_scores[:, :start]).to(self.device),
             unassigned_attr=float((prompt * (1 - features.covered)).sum()),
-            answer=slice(where.start - start, where.stop - start),
-            reasoning=None if through is None else slice(through.start - start, through.stop - start),
+            answer=_in_response(where.target, start),
+            reasoning=None if where.reasoning is None else _in_response(where.reasoning, start),
             attribution=detail,
         )
 
@@ -199,7 +201,7 @@ class LLMTraceAttribution(BaseLLMAttribution):
         """log P of each response token, [R], in nats and float32."""
         with evaluating(self.model), torch.no_grad():
             logits = generation_logits(self.model, Span(start, len(ids)), input_ids=ids[None, :-1].to(self.device))[0]
-        parts = zip(logits.split(ROWS), ids[start:, None].to(logits.device).split(ROWS), strict=True)
+        parts = zip(logits.split(_ROWS), ids[start:, None].to(logits.device).split(_ROWS), strict=True)
         found = [rows.float().log_softmax(-1).gather(-1, wanted)[:, 0] for rows, wanted in parts]
         return torch.cat(found).to(self.device)
 
@@ -212,15 +214,7 @@ def _ids(target: Tensor) -> Tensor:
     return target.detach().reshape(-1).long().cpu()
 
 
-def _last_visible(ids: Tensor, prompt_length: int, special: list[int]) -> int:
-    """Position of the last token that is not an end or padding token; the answer does not include those."""
-    last = len(ids) - 1
-    while last > prompt_length and int(ids[last]) in special:
-        last -= 1
-    return last
-
-
-def _part(name: str, where: Part, prompt_length: int, length: int) -> str | Span | None:
+def _part(name: str, where: Part, text: TokenizedText) -> str | Span | None:
     """A slice of response tokens as a span of the sequence; a text or a span as it is."""
     if where is None or isinstance(where, (str, Span)):
         return where
@@ -228,21 +222,8 @@ def _part(name: str, where: Part, prompt_length: int, length: int) -> str | Span
         raise CaptumInputError(
             f"{name} must be a piece of the response, a slice of its tokens or a Span, got {where!r}"
         )
-    start, stop, step = where.indices(length - prompt_length)
-    if step != 1 or stop <= start or (where.stop is not None and where.stop > length - prompt_length):
-        raise SpanError(
-            f"{name} {where} is empty, has a step or ends after the response's {length - prompt_length} tokens"
-        )
-    return Span(prompt_length + start, prompt_length + stop)
+    return as_span(name, where, len(text.input_ids), first=text.prompt_length)
 
 
-def _token_rows(per_token: Tensor, where: Span, start: int, length: int, prompt: Tensor) -> Tensor:
-    """Rows for all response tokens over the prompt, [R, P]: NaN where the method did not look.
-
-    The computed rows are scaled to add up to ``seq_attr``, as in Captum.
-    """
-    rows = torch.full((length - start, start), torch.nan)
-    computed = per_token[:, :start]
-    total = computed.sum()
-    rows[where.start - start : where.stop - start] = computed * (prompt.sum() / total) if total > 0 else computed
-    return rows
+def _in_response(span: Span, start: int) -> slice:
+    return slice(span.start - start, span.stop - start)

@@ -1,156 +1,91 @@
-"""FlashTrace, IFR and the exhaustive recursion as methods of Captum. The numbers are those of flashtrace_plugin."""
+"""What the classes of registered methods share. The numbers are those of flashtrace_plugin."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
-from captum.log import log_usage
 from torch import Tensor
 
-import flashtrace_plugin
-from flashtrace_captum.base import Inputs, TokenAttribution, TokenScores
-from flashtrace_captum.targets import Target
-from flashtrace_plugin import Attribution, Span
+from flashtrace_captum.base import TokenAttribution, TokenScores
+from flashtrace_plugin.attribution import Attribution
+from flashtrace_plugin.methods.base import Method, options_of
+from flashtrace_plugin.methods.options import Declared
+from flashtrace_plugin.positions import Positions
+from flashtrace_plugin.spans import Span
+from flashtrace_plugin.text import Located, TokenizedText
+
+_PER_CALL = frozenset({"hops"})
+"""Options that ``attribute`` takes, because they change from call to call; the others are the constructor's."""
 
 
-class FlashTrace(TokenAttribution):
-    r"""Importance of the prompt for a span of tokens, followed through the reasoning between them.
+class MethodAttribution(TokenAttribution):
+    """A registered method in Captum; :func:`flashtrace_captum.classes.class_of` makes the class of each.
 
-    One forward pass and one pass over the recorded layers per hop, however long the target is. The scores are the
-    model's own information flow (arXiv 2602.01914, Eq. 12/24): non-negative, without baselines.
-
-    Args:
-
-        forward_func (Module): a causal language model of transformers
-        tokenizer (optional): only for ``ignore`` given as texts
-        recursion (str): "reasoning" follows the mass on the reasoning, "generation" that on reasoning and target.
-            Default: "reasoning"
-        positions (str): "token", a token's own position stands for it; "predicting", the one to its left, whose
-            logits produced it. Default: "token"
-        ignore (list of int or str): tokens left out of targets and scores. Default: none
-
-    Examples::
-
-        >>> attribution = FlashTrace(model).attribute(ids, target=slice(90, 94), reasoning=slice(30, 88))
-        >>> attribution[0, :30]  # the prompt's scores
+    method: the method of flashtrace_plugin
     """
 
-    def __init__(
-        self,
-        forward_func: Any,
-        tokenizer: Any = None,
-        *,
-        recursion: str = "reasoning",
-        positions: str = "token",
-        ignore: Iterable[str | int] = (),
-    ) -> None:
+    method: ClassVar[type[Method]]
+
+    def __init__(self, forward_func: Any, tokenizer: Any = None, **options: Any) -> None:
         super().__init__(forward_func)
+        _refuse_unknown(type(self).__name__, options, options_for(self.method, call=False))
+        # Refuses a model or an option now, not at the first call, and reads options that can be read only once.
+        made = self.method(forward_func, tokenizer, **options)
+        checked = vars(made.driving) | vars(made.options)
         self.tokenizer = tokenizer
-        self.settings: dict[str, Any] = {"recursion": recursion, "positions": positions, "ignore": tuple(ignore)}
-        self._method(hops=1)  # refuses a model or an option now, not at the first call
+        self.options = {name: checked[name] for name in options}
+        self.format = made.driving.format
 
     @classmethod
     def get_name(cls) -> str:
-        return "FlashTrace"
+        """A class that is called like its method has a name, as FlashTrace; others are split into words by Captum."""
+        return cls.__name__ if cls.__name__.lower() == cls.method.name else super().get_name()
 
-    @log_usage(part_of_slo=True)
-    def attribute(
+    def text_scores(
         self,
-        inputs: Inputs,
-        target: Target = None,
-        additional_forward_args: Any = None,
-        *,
-        reasoning: Target = None,
-        hops: int = 1,
-    ) -> Inputs:
-        r"""As :meth:`TokenAttribution.attribute`; ``hops`` is how often importance is followed through the reasoning.
-
-        Default: 1
-        """
-        return super().attribute(inputs, target, additional_forward_args, reasoning=reasoning, hops=hops)
+        text: TokenizedText,
+        target: Positions | str | None = None,
+        reasoning: Positions | str | None = None,
+        **options: Any,
+    ) -> tuple[Located, TokenScores]:
+        """As :meth:`TokenAttribution.text_scores`, by the method itself."""
+        if type(self).token_scores is not MethodAttribution.token_scores:
+            return super().text_scores(text, target, reasoning, **options)  # a subclass that changes the scores
+        found = self._made(options).attribute_text(text, target=target, reasoning=reasoning)
+        return Located(found.target, found.reasoning), _as_token_scores(found)
 
     def token_scores(
-        self, input_ids: Tensor, *, prompt_length: int, target: Span, reasoning: Span | None = None, hops: int = 1
+        self, input_ids: Tensor, *, prompt_length: int, target: Span, reasoning: Span | None = None, **options: Any
     ) -> TokenScores:
         """Scores of one sequence, see :meth:`TokenAttribution.token_scores`."""
-        found = self._method(hops).attribute_ids(
+        found = self._made(options).attribute_ids(
             input_ids, prompt_length=prompt_length, target=target, reasoning=reasoning
         )
-        return as_token_scores(found)
+        return _as_token_scores(found)
 
-    def _method(self, hops: int) -> flashtrace_plugin.FlashTrace:
-        return flashtrace_plugin.FlashTrace(self.forward_func, self.tokenizer, hops=hops, **self.settings)
-
-
-class RecursiveAttribution(TokenAttribution):
-    r"""The exhaustive token-level recursion that FlashTrace aggregates away (arXiv 2602.01914, App. D.3).
-
-    Every token of reasoning and target is attributed by itself, at as many times the cost.
-
-    Args:
-
-        forward_func (Module): a causal language model of transformers
-    """
-
-    def __init__(self, forward_func: Any) -> None:
-        super().__init__(forward_func)
-        flashtrace_plugin.RecursiveAttribution(forward_func)
-
-    @log_usage(part_of_slo=True)
-    def attribute(
-        self,
-        inputs: Inputs,
-        target: Target = None,
-        additional_forward_args: Any = None,
-        *,
-        reasoning: Target = None,
-        hops: int = 1,
-    ) -> Inputs:
-        r"""As :meth:`TokenAttribution.attribute`; ``hops`` is how often importance is followed through the reasoning.
-
-        Default: 1
-        """
-        return super().attribute(inputs, target, additional_forward_args, reasoning=reasoning, hops=hops)
-
-    def token_scores(
-        self, input_ids: Tensor, *, prompt_length: int, target: Span, reasoning: Span | None = None, hops: int = 1
-    ) -> TokenScores:
-        """Scores of one sequence, see :meth:`TokenAttribution.token_scores`."""
-        method = flashtrace_plugin.RecursiveAttribution(self.forward_func, hops=hops)
-        return as_token_scores(
-            method.attribute_ids(input_ids, prompt_length=prompt_length, target=target, reasoning=reasoning)
-        )
+    def _made(self, options: dict[str, Any]) -> Method:
+        """The method with the options of this call."""
+        _refuse_unknown(f"{type(self).__name__}.attribute", options, options_for(self.method, call=True))
+        return self.method(self.forward_func, self.tokenizer, **self.options, **options)
 
 
-class IFR(TokenAttribution):
-    r"""Information flow routes, one target token at a time, averaged (Ferrando & Voita 2024).
-
-    It follows no reasoning: a ``reasoning`` span only ends the prompt.
-
-    Args:
-
-        forward_func (Module): a causal language model of transformers
-    """
-
-    def __init__(self, forward_func: Any) -> None:
-        super().__init__(forward_func)
-        flashtrace_plugin.IFR(forward_func)
-
-    @classmethod
-    def get_name(cls) -> str:
-        return "IFR"
-
-    def token_scores(
-        self, input_ids: Tensor, *, prompt_length: int, target: Span, reasoning: Span | None = None
-    ) -> TokenScores:
-        """Scores of one sequence, see :meth:`TokenAttribution.token_scores`."""
-        method = flashtrace_plugin.IFR(self.forward_func)
-        return as_token_scores(
-            method.attribute_ids(input_ids, prompt_length=prompt_length, target=target, reasoning=reasoning)
-        )
+def options_for(method: type[Method], *, call: bool) -> list[Declared]:
+    """The options of a method that ``attribute`` takes (``call``), or its constructor."""
+    return [one for one in options_of(method) if (one.name in _PER_CALL) == call]
 
 
-def as_token_scores(found: Attribution) -> TokenScores:
-    """What the language model wrapper needs of an attribution."""
+def _refuse_unknown(where: str, given: Iterable[str], known: Iterable[Declared]) -> None:
+    """Raises TypeError for options that are not among the known ones."""
+    names = [one.name for one in known]
+    unknown = sorted(set(given).difference(names))
+    if not unknown:
+        return
+    takes = f"it takes {', '.join(names)}" if names else "it takes none"
+    late = "" if _PER_CALL.isdisjoint(unknown) or _PER_CALL.intersection(names) else "; attribute may take it"
+    raise TypeError(f"{where} has no option {', '.join(unknown)}; {takes}{late}")
+
+
+def _as_token_scores(found: Attribution) -> TokenScores:
+    """What Captum's inputs need of an attribution."""
     return TokenScores(found.totals, found.components.get("per_token"), found)

@@ -18,31 +18,31 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-ALL_BARS = 40
+_ALL_BARS = 40
 """Up to this many features each has its bar."""
-TOP = 20
+_TOP = 20
 """Features that are named where not all are."""
-WINDOWS = 100
+_WINDOWS = 100
 """Windows of the overview at most."""
-ALL_ROWS, ALL_COLUMNS = 30, 30
+_ALL_ROWS, _ALL_COLUMNS = 30, 30
 """Rows and columns of a heat map that are shown one by one."""
-ANNOTATED = 300
+_ANNOTATED = 300
 """Cells of a heat map up to which their numbers are written in."""
-POSITIVE, NEGATIVE = "#4772b3", "#d0365b"
+_POSITIVE, _NEGATIVE = "#4772b3", "#d0365b"
 """Captum's colours of bars."""
 
-Plot = tuple["Figure", "Axes"]
+_Plot = tuple["Figure", "Axes"]
 
 
-def plot_scores(scores: Tensor, tokens: Sequence[str], title: str) -> Plot:
+def plot_scores(scores: Tensor, tokens: Sequence[str], title: str) -> _Plot:
     """One score per token, [n]: a bar for each, or windows over the text and the largest scores in context."""
     values = _numbers(scores)
-    if len(values) <= ALL_BARS:
+    if len(values) <= _ALL_BARS:
         return _all_bars(values, tokens, title)
     return _overview(values, tokens, title)
 
 
-def plot_rows(scores: Tensor, rows: Sequence[str], columns: Sequence[str], title: str, first: int = 0) -> Plot:
+def plot_rows(scores: Tensor, rows: Sequence[str], columns: Sequence[str], title: str, first: int = 0) -> _Plot:
     """A heat map of [rows, columns]; many rows are added up in windows, of many columns the largest are shown.
 
     first: number of the first row, for the names of windows
@@ -65,7 +65,7 @@ def plot_rows(scores: Tensor, rows: Sequence[str], columns: Sequence[str], title
     return fig, ax
 
 
-def shown(plot: Plot, show: bool) -> Plot | None:
+def shown(plot: _Plot, show: bool) -> _Plot | None:
     """Captum's protocol: show it and return None, or return it."""
     if not show:
         return plot
@@ -79,7 +79,7 @@ def _numbers(scores: Tensor) -> np.ndarray[Any, Any]:
     return scores.detach().float().cpu().numpy()
 
 
-def _all_bars(values: np.ndarray[Any, Any], tokens: Sequence[str], title: str) -> Plot:
+def _all_bars(values: np.ndarray[Any, Any], tokens: Sequence[str], title: str) -> _Plot:
     fig, ax = _figure(max(6.4, 1.2 + 0.3 * len(values)), 4.0)
     _bars(ax, np.arange(len(values)), values, 0.8)
     _name_ticks(ax.xaxis, range(len(values)), [label(token) for token in tokens], rotation=60, ha="right")
@@ -88,9 +88,9 @@ def _all_bars(values: np.ndarray[Any, Any], tokens: Sequence[str], title: str) -
     return fig, ax
 
 
-def _overview(values: np.ndarray[Any, Any], tokens: Sequence[str], title: str) -> Plot:
+def _overview(values: np.ndarray[Any, Any], tokens: Sequence[str], title: str) -> _Plot:
     """Above: sums over windows of the text. Below: the largest scores, the largest of all at the top."""
-    width = math.ceil(len(values) / WINDOWS)
+    width = math.ceil(len(values) / _WINDOWS)
     starts = np.arange(0, len(values), width)
     middles = (starts + np.minimum(starts + width, len(values)) - 1) / 2
     fig, above, below = _two_panels(9.0, 7.6)
@@ -99,7 +99,7 @@ def _overview(values: np.ndarray[Any, Any], tokens: Sequence[str], title: str) -
     above.set_xlabel("token position" if width == 1 else f"token position, windows of {width} tokens")
     above.set_ylabel("attribution")
     above.set_title(shortened(title, 90), fontsize="medium", parse_math=False)
-    top = np.argsort(-np.abs(values), kind="stable")[:TOP][::-1]
+    top = np.argsort(-np.abs(values), kind="stable")[:_TOP][::-1]
     _bars(below, np.arange(len(top)), values[top], 0.8, horizontal=True)
     _name_ticks(below.yaxis, range(len(top)), [f"{in_context(tokens, i)}  {i}" for i in top])
     below.set_xlabel(f"attribution: the {len(top)} largest of {len(values)}, with their positions")
@@ -107,7 +107,7 @@ def _overview(values: np.ndarray[Any, Any], tokens: Sequence[str], title: str) -
 
 
 def _bars(ax: Axes, at: Any, values: np.ndarray[Any, Any], size: float, *, horizontal: bool = False) -> None:
-    colours = [POSITIVE if value >= 0 else NEGATIVE for value in values]
+    colours = [_POSITIVE if value >= 0 else _NEGATIVE for value in values]
     if horizontal:
         ax.barh(at, values, height=size, color=colours)
     else:
@@ -119,9 +119,9 @@ def _windowed_rows(
     values: np.ndarray[Any, Any], rows: Sequence[str], first: int
 ) -> tuple[np.ndarray[Any, Any], list[str]]:
     """Rows as they are, or sums of equal windows of them with the range in their names."""
-    if len(values) <= ALL_ROWS:
+    if len(values) <= _ALL_ROWS:
         return values, [label(row) for row in rows]
-    width = math.ceil(len(values) / ALL_ROWS)
+    width = math.ceil(len(values) / _ALL_ROWS)
     starts = list(range(0, len(values), width))
     parts = [rows[a : a + width] for a in starts]
     names = [
@@ -133,14 +133,14 @@ def _windowed_rows(
 
 def _top_columns(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """The columns with the largest sums of magnitudes, in the order of the text."""
-    if values.shape[1] <= ALL_COLUMNS:
+    if values.shape[1] <= _ALL_COLUMNS:
         return np.arange(values.shape[1])
-    return np.sort(np.argsort(-np.abs(values).sum(0), kind="stable")[:ALL_COLUMNS])
+    return np.sort(np.argsort(-np.abs(values).sum(0), kind="stable")[:_ALL_COLUMNS])
 
 
 def _annotate(ax: Axes, values: np.ndarray[Any, Any], limit: float) -> None:
     """Writes the numbers that can be told from 0 by their colour."""
-    if values.size > ANNOTATED:
+    if values.size > _ANNOTATED:
         return
     for (row, column), value in np.ndenumerate(values):
         if abs(value) < 0.01 * limit:
@@ -160,7 +160,7 @@ def _colours() -> Any:
     return LinearSegmentedColormap.from_list("RdWhGn", ["red", "white", "green"])
 
 
-def _figure(width: float, height: float) -> Plot:
+def _figure(width: float, height: float) -> _Plot:
     import matplotlib.pyplot as plt
 
     return plt.subplots(figsize=(width, height), layout="constrained", facecolor="white")

@@ -22,26 +22,26 @@ def visualization_record(result: LLMTraceAttributionResult, response: bool) -> v
     before = slice(0, result.answer.start)
     scores = torch.cat([result.seq_attr, result.response_attr[before]]) if response else result.seq_attr
     words = result.input_tokens + (result.output_tokens[before] if response else [])
-    answer = escaped(result.answer_text.strip())
+    answer = _escaped(result.answer_text.strip())
     return visualization.VisualizationDataRecord(
-        word_attributions=scaled(scores),
+        word_attributions=_scaled(scores),
         pred_prob=float(result.output_log_probs[result.answer].sum().exp()),
         pred_class=answer,
         true_class="–",
         attr_class=answer,
         attr_score=float(result.seq_attr.detach().sum()),
-        raw_input_ids=[escaped(word) for word in words],
+        raw_input_ids=[_escaped(word) for word in words],
         convergence_score=result.attribution.closure_error if result.attribution else 0.0,
     )
 
 
-def scaled(scores: Tensor) -> Tensor:
+def _scaled(scores: Tensor) -> Tensor:
     """Scores divided by their largest magnitude, on the CPU."""
     values = scores.detach().float().cpu()
     top = values.abs().max()
     return values / top if top > 0 else values
 
 
-def escaped(text: str) -> str:
+def _escaped(text: str) -> str:
     """Text that shows itself in HTML; line breaks are marked and kept."""
     return html.escape(text).replace("\n", "↵<br>")

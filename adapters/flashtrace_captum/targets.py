@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Union
+from typing import Any, SupportsIndex, Union
 
 import torch
 from torch import Tensor
 
 from flashtrace_captum.errors import CaptumInputError, TargetError
+from flashtrace_plugin.errors import SpanError
+from flashtrace_plugin.positions import as_span, prompt_before
 from flashtrace_plugin.spans import Span
 
-Where = Union[int, slice, Span]
+_OneTarget = Union[SupportsIndex, slice, Span]
 """One token position, or a half-open range of them."""
 
-Target = Union[None, Where, Sequence[Where], Tensor]
+Target = Union[None, _OneTarget, Sequence[_OneTarget], Tensor]
 """None is the last token. A list or a 1-D tensor has one entry per example, as everywhere in Captum."""
 
 
@@ -34,7 +36,7 @@ class Example:
     @property
     def prompt_length(self) -> int:
         """Everything before the reasoning, or before the target if there is none."""
-        return self.target.start if self.reasoning is None else min(self.reasoning.start, self.target.start)
+        return prompt_before(self.target, self.reasoning)
 
 
 def read_examples(
@@ -47,7 +49,7 @@ def read_examples(
     return [_example(_kept(row), t, r) for row, t, r in zip(mask, targets, through, strict=True)]
 
 
-def _example(kept: Span, target: Where | None, reasoning: Where | None) -> Example:
+def _example(kept: Span, target: _OneTarget | None, reasoning: _OneTarget | None) -> Example:
     where = _span("target", kept.stop - 1 if target is None else target, kept)
     if where.start == 0:
         raise TargetError(
@@ -59,21 +61,22 @@ def _example(kept: Span, target: Where | None, reasoning: Where | None) -> Examp
     return Example(kept, where, through)
 
 
-def _per_example(name: str, value: Target, batch: int) -> list[Where | None]:
+def _per_example(name: str, value: Target, batch: int) -> list[_OneTarget | None]:
     if isinstance(value, Tensor):
         value = _tensor_target(name, value, batch)
-    if value is None or isinstance(value, (int, slice, Span)):
-        return [value] * batch
-    if not isinstance(value, list):
+    entries: Any = value if isinstance(value, list) else [value] * batch
+    if len(entries) != batch:
         raise TargetError(
-            f"{name} must be a token position, a slice of them, or a list with one of these per example, got {value!r}"
-        )
-    if len(value) != batch:
-        raise TargetError(
-            f"{name} lists {len(value)} entries for {batch} examples, one entry per example; "
+            f"{name} lists {len(entries)} entries for {batch} examples, one entry per example; "
             f"a span of tokens is a slice, {name}=slice(start, stop)"
         )
-    return value
+    for entry in entries:
+        if entry is not None and (isinstance(entry, bool) or not isinstance(entry, (SupportsIndex, slice, Span))):
+            raise TargetError(
+                f"{name} must be a token position, a slice of them, or a list with one of these per example, "
+                f"got {entry!r}"
+            )
+    return entries
 
 
 def _tensor_target(name: str, value: Tensor, batch: int) -> int | list[int]:
@@ -90,31 +93,16 @@ def _tensor_target(name: str, value: Tensor, batch: int) -> int | list[int]:
     return value.tolist()
 
 
-def _span(name: str, where: Where, kept: Span) -> Span:
+def _span(name: str, where: _OneTarget, kept: Span) -> Span:
     """A position or range of ``inputs`` as a span from the first kept position; negative ones count from the end."""
-    start, stop = _bounds(name, where, kept.stop)
-    if not kept.start <= start < stop <= kept.stop:
-        raise TargetError(
-            f"{name} {start}:{stop} is empty or outside the tokens {kept.start}:{kept.stop} of the inputs; "
-            "positions count from 0 and ranges are half-open"
-        )
-    return Span(start - kept.start, stop - kept.start)
-
-
-def _bounds(name: str, where: Where, end: int) -> tuple[int, int]:
-    if isinstance(where, bool) or not isinstance(where, (int, slice, Span)):
-        raise TargetError(f"{name} must be a token position or a slice of them, got {where!r}")
-    if isinstance(where, int):
-        return _from_end(where, end), _from_end(where, end) + 1
-    if isinstance(where, slice) and where.step not in (None, 1):
-        raise TargetError(f"{name} {where} skips positions; a span has no step")
-    start = 0 if where.start is None else where.start
-    stop = end if where.stop is None else where.stop
-    return _from_end(start, end), _from_end(stop, end)
-
-
-def _from_end(position: int, end: int) -> int:
-    return position + end if position < 0 else position
+    inside = f"what is outside the tokens {kept} of the inputs is padding or nothing; ranges are half-open"
+    try:
+        span = as_span(name, where, kept.stop)
+    except SpanError as error:
+        raise TargetError(f"{error}; {inside}") from error
+    if span.start < kept.start:
+        raise TargetError(f"{name} {span} begins before the first token; {inside}")
+    return Span(span.start - kept.start, span.stop - kept.start)
 
 
 def _attention_mask(additional_forward_args: Any, batch: int, length: int) -> Tensor:

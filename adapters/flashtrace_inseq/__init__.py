@@ -8,7 +8,8 @@
     out.show(hop=1)                            # where the mass is after one hop through the reasoning
     flashtrace_inseq.attributions(out)         # all numbers, as flashtrace_plugin.Attribution
 
-Importing the package registers the methods; Inseq has no other way to find them.
+Importing the package registers the methods; Inseq has no other way to find them. A method that is registered later, by
+``flashtrace_plugin.register_method``, is there from then on. ``inseq.explain(name)`` prints what a method takes.
 """
 
 try:
@@ -20,16 +21,20 @@ except ModuleNotFoundError as error:
         "flashtrace_inseq needs Inseq; install it with: pip install 'flashtrace-plugin[inseq]'"
     ) from error
 
-from flashtrace_inseq.registration import register, warn_if_taken
+from flashtrace_inseq.outputs import FlashTraceSequenceOutput, attributions, portable
+from flashtrace_inseq.registration import CLASSES, register, warn_if_taken
 
-warn_if_taken()
+# Defining an aggregator registers it, so its name is looked at first; those of methods are as their classes are made.
+warn_if_taken(methods=())
 
-# Defining a method registers it, so the names are looked at first.
-from flashtrace_inseq.heta import HETAAttribution  # noqa: E402
-from flashtrace_inseq.methods import FlashTraceAttribution, IFRAttribution, RecursiveTokenAttribution  # noqa: E402
-from flashtrace_inseq.outputs import FlashTraceSequenceOutput, attributions, portable  # noqa: E402
+from flashtrace_inseq import aggregators  # noqa: E402, F401
 
 register()
+
+FlashTraceAttribution = CLASSES["flashtrace"]
+IFRAttribution = CLASSES["ifr"]
+RecursiveTokenAttribution = CLASSES["recursive"]
+HETAAttribution = CLASSES["heta"]
 
 __all__ = [
     "FlashTraceAttribution",

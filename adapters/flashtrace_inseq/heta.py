@@ -1,89 +1,89 @@
-"""HETA as a feature attribution method of Inseq: per generated token, or for a span as a whole."""
+"""The one method that Inseq's users expect to explain generated tokens: HETA, per token or for a span as a whole."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from copy import copy
-from typing import Any
+from dataclasses import replace
+from typing import Any, ClassVar
 
+from inseq.utils import Registry
+from inseq.utils.typing import TokenWithId
 from tqdm.auto import tqdm
 
 from flashtrace_inseq import outputs
-from flashtrace_inseq.inputs import Input, Where
+from flashtrace_inseq.inputs import Where
 from flashtrace_inseq.methods import PluginAttribution
 from flashtrace_inseq.outputs import FlashTraceSequenceOutput
-from flashtrace_plugin.errors import InputError
+from flashtrace_plugin.errors import InputError, ReasoningWarning
 from flashtrace_plugin.methods.heta import HETA
-from flashtrace_plugin.spans import Span
+from flashtrace_plugin.methods.heta.options import PRESETS
+from flashtrace_plugin.positions import Positions
+from flashtrace_plugin.text import TokenizedText
 
 
-class HETAAttribution(PluginAttribution):
-    """Hessian-enhanced token attribution: an attention gate times curvature and information of the log-probability.
+class TokenByToken(PluginAttribution, Registry):
+    """HETA in Inseq: without a target every generated token has a column of its own, and presets have names."""
 
-    By default every generated token is explained by itself, one column each. A ``target`` is explained as a whole,
-    by its joint log-probability, in one column. ``out.show()`` gives the scores of the tokens before,
-    ``out.show(part="gate")``, ``part="curvature"`` and ``part="information"`` what they are made of.
-
-    Reference: `Can Linear Attributions Explain Nonlinear LLMs?`, Eq. 3 to 5; masks, windows and variants as there.
-
-    Args (of ``attribute``):
-        target, reasoning: As for ``"flashtrace"``, but there is no default target. ``attr_pos_start`` and
-            ``attr_pos_end`` choose the generated tokens that get a column.
-        preset (:obj:`str`, `optional`): A variant of the paper, ``"full"``, ``"LR"``, ``"LS"``, ``"WIN"``,
-            ``"LR+WIN"``, ``"LS+WIN"`` or ``"GS"``; further options override its settings. Default: ``"full"``.
-        beta, gamma (:obj:`float`, `optional`): Weights of curvature and information. Default: ``0.5`` each.
-        gate (:obj:`str`, `optional`): ``"flow"``, ``"per_head"``, ``"uniform"`` or ``None``. Default: ``"flow"``.
-        curvature (:obj:`str`, `optional`): ``"full"``, ``"low_rank"``, ``"gradient_squared"`` or ``None``, which
-            leaves it out. Default: ``"full"``.
-        probes (:obj:`int`, `optional`): Random sign vectors for each token. Default: ``8``.
-        rank (:obj:`int`, `optional`): Rank of ``curvature="low_rank"``. Default: ``64``.
-        last_layers (:obj:`int`, `optional`): Differentiate by what enters the last so many layers instead of the
-            embeddings. Default: embeddings.
-        mask (:obj:`str`, `optional`): What a masked token becomes: ``"zero"``, ``"mean"``, ``"pad"``, ``"token"``;
-            ``None`` leaves information out. Default: ``"zero"``.
-        mask_token (:obj:`int` or :obj:`str`, `optional`): The token of ``mask="token"``.
-        window (:obj:`int`, `optional`), overlap (:obj:`float`, `optional`): Tokens in a window, and the share of it
-            that the next one repeats. Default: one window, ``0.5``.
-        rescale (:obj:`str`, `optional`): ``"max"`` divides each term by its maximum first. Default: no rescaling.
-        hops (:obj:`int`, `optional`): How many times importance is followed through the reasoning. Default: ``0``.
-        seed (:obj:`int`, `optional`): Of the random vectors. Default: ``0``.
-        memory_budget (:obj:`int`, `optional`): Bytes to aim for in batches. Default: 2 GiB.
-    """
-
-    method_name = "heta"
-    core = HETA
+    core: ClassVar[type[HETA]]
+    default_target = (
+        "every generated token by itself, one column each; attr_pos_start and attr_pos_end choose which. A target is "
+        "explained as a whole, by its joint log-probability"
+    )
 
     @classmethod
-    def options(cls) -> set[str]:
+    def arguments(cls) -> dict[str, str]:
         """Those of the core method and the name of a preset; Inseq's ``show_progress`` replaces ``progress``."""
-        return super().options() - {"progress"} | {"preset"}
+        known = super().arguments()
+        del known["progress"]
+        names = ", ".join(map(repr, PRESETS))
+        return known | {
+            "preset": f"preset: a variant of the paper, whose settings further options override ({names}); "
+            "default: 'full'"
+        }
 
     def build(self, options: dict[str, Any], progress: bool) -> HETA:
         """The preset with the user's options."""
-        host = self.attribution_model
-        return HETA.preset(
-            host.model, host.tokenizer, options.get("preset", "full"),
-            **{name: value for name, value in options.items() if name != "preset"}, progress=progress,
-        )  # fmt: skip
+        host, rest = self.attribution_model, dict(options)
+        preset = rest.pop("preset", "full")
+        return self.core.preset(host.model, host.tokenizer, preset, **rest, progress=progress)
 
-    def explain(self, method: Any, read: Input, where: Where) -> FlashTraceSequenceOutput:
+    def explain(
+        self, method: Any, text: TokenizedText, labels: list[TokenWithId], where: Where
+    ) -> FlashTraceSequenceOutput:
         """The result for one input: a column for the target, or one for each generated token."""
         if where.target is not None:
-            return super().explain(method, read, where)
-        span = read.between(where.start, where.stop)
-        single = copy(method)
-        single.progress = False
-        found = []
-        for position in tqdm(span, self.method_name, disable=not method.progress):
-            target, reasoning = read.locate(Where(Span(position, position + 1), where.reasoning))
-            # Reasoning that was chosen for the answer does not yet exist for a token before its end.
-            before = reasoning if reasoning and reasoning.stop <= position else None
-            found.append(read.attribute(single, target, before))
-        return outputs.columns(read.tokens, found)
+            return super().explain(method, text, labels, where)
+        span = where.between(text)
+        ignored = method.ignored(text.input_ids)
+        # If all are ignored, the first is refused by the method, in its words.
+        positions = [i for i in span if not ignored[i]] or list(span)
+        quiet = copy(method)
+        quiet.options = replace(method.options, progress=False)
+        bar = tqdm(positions, self.method_name, disable=not method.options.progress)
+        with warnings.catch_warnings():
+            if _follows(method, text, where.reasoning, positions[-1]):
+                # Tokens before the reasoning's end have none to follow, which is as it should be.
+                warnings.simplefilter("ignore", ReasoningWarning)
+            found = [quiet.attribute_text(text, target=i, reasoning=_before(text, where.reasoning, i)) for i in bar]
+        return outputs.columns(labels, span, found)
 
     def _run_compatibility_checks(self, attributed_fn: Callable[..., Any]) -> None:
         if attributed_fn is not self.attribution_model.get_attributed_fn(None):
             raise InputError(
-                f"attributed_fn={attributed_fn.__name__}: 'heta' explains the log-probability of the target; "
-                "leave attributed_fn out, or use another method"
+                f"attributed_fn={attributed_fn.__name__}: {self.method_name!r} explains the log-probability of the "
+                "target; leave attributed_fn out, or use another method"
             )
+
+
+def _before(text: TokenizedText, reasoning: Positions | str | None, position: int) -> Positions | str | None:
+    """Reasoning that was chosen for the answer does not yet exist for a token before its end."""
+    if reasoning is None or text.span("reasoning", reasoning).stop > position:
+        return None
+    return reasoning
+
+
+def _follows(method: HETA, text: TokenizedText, reasoning: Positions | str | None, last: int) -> bool:
+    """Whether the last token has reasoning to follow."""
+    return text.parts(last, _before(text, reasoning, last), method.driving.format).reasoning is not None

@@ -26,6 +26,7 @@ from treescope.repr_lib import render_object_constructor
 
 from flashtrace_plugin.attribution import Attribution
 from flashtrace_plugin.errors import InputError
+from flashtrace_plugin.spans import Span
 
 TOTAL = "total"
 _NUMPY_NUMBER = re.compile(r"np\.float64\(([^)]*)\)")
@@ -121,6 +122,14 @@ def _arrays(value: Any, otherwise: Any) -> Any:
     return otherwise
 
 
+def laid_out(tokens: Sequence[TokenWithId], attribution: Attribution) -> FlashTraceSequenceOutput:
+    """A column for every target token where the attribution has them, ``components["per_token"]`` [M, N]; else one."""
+    each = attribution.components.get("per_token")
+    if each is not None and each.shape == (len(attribution.target), len(tokens)):
+        return per_token(tokens, attribution, each)
+    return merged(tokens, attribution)
+
+
 def merged(tokens: Sequence[TokenWithId], attribution: Attribution) -> FlashTraceSequenceOutput:
     """One column for the whole target."""
     target = attribution.target
@@ -128,34 +137,39 @@ def merged(tokens: Sequence[TokenWithId], attribution: Attribution) -> FlashTrac
     return sequence([*tokens[: target.start], _joined(tokens[target.slice])], scores[:, None], [attribution], parts)
 
 
-def columns(tokens: Sequence[TokenWithId], attributions: list[Attribution]) -> FlashTraceSequenceOutput:
-    """One column for each of several attributions, whose targets are single tokens that follow each other."""
-    stop = attributions[-1].target.stop
-    found, parts = zip(*(_column(a, stop) for a in attributions), strict=True)
-    return sequence(tokens[:stop], torch.stack(found, dim=1), attributions, parts[0])
+def columns(tokens: Sequence[TokenWithId], span: Span, attributions: list[Attribution]) -> FlashTraceSequenceOutput:
+    """One column for each token of a span, from attributions of single tokens; 0 for a token that has none."""
+    found = {a.target.start: _column(a, span.stop) for a in attributions}
+    some, parts = found[attributions[0].target.start]
+    scores = torch.stack([found[i][0] if i in found else torch.zeros_like(some) for i in span], dim=1)
+    return sequence(tokens[: span.stop], _before_each(scores), attributions, parts)
 
 
-def per_token(tokens: Sequence[TokenWithId], attribution: Attribution) -> FlashTraceSequenceOutput:
-    """One column for every target token, from ``components["per_token"]`` [M, N]."""
-    start, stop = attribution.target.start, attribution.target.stop
-    scores = attribution.components["per_token"][:, :stop].T.clone()
-    scores[torch.arange(stop)[:, None] >= torch.arange(start, stop)] = torch.nan
-    return sequence(tokens[:stop], scores, [attribution])
+def per_token(tokens: Sequence[TokenWithId], attribution: Attribution, each: Tensor) -> FlashTraceSequenceOutput:
+    """One column for every target token. each: [M, N]"""
+    stop = attribution.target.stop
+    return sequence(tokens[:stop], _before_each(each[:, :stop].T), [attribution])
+
+
+def _before_each(scores: Tensor) -> Tensor:
+    """Scores [rows, columns, ...] whose last rows are the columns' tokens, NaN from its own token on in each."""
+    rows, columns = scores.shape[:2]
+    late = torch.arange(rows)[:, None] >= torch.arange(rows - columns, rows)
+    scores = scores.clone()
+    scores[late] = torch.nan
+    return scores
 
 
 def _column(a: Attribution, rows: int) -> tuple[Tensor, list[str]]:
-    """Scores [rows, parts] by part, NaN from the target on, and the names of the parts."""
-    parts = {TOTAL: _total(a)} | {f"hop {k}": hop for k, hop in enumerate(a.hop_scores)} | dict(a.components)
-    before = torch.stack([scores[: a.target.start] for scores in parts.values()], dim=1)
-    return torch.cat([before, torch.full((rows - len(before), len(parts)), torch.nan)]), list(parts)
+    """Scores [rows, parts] by part, NaN from the target on, and the names of the parts.
 
-
-def _total(a: Attribution) -> Tensor:
-    """Totals [N] without the reasoning that was followed: its mass counts on the tokens that it came from."""
-    total = a.totals
-    if a.hops and a.reasoning is not None:
-        total[a.reasoning.slice] = 0.0
-    return total
+    A component is a part if it has a number for every token before the target.
+    """
+    start = a.target.start
+    over_tokens = {name: c for name, c in a.components.items() if c.ndim == 1 and len(c) >= start}
+    parts = {TOTAL: a.source_totals} | {f"hop {k}": hop for k, hop in enumerate(a.hop_scores)} | over_tokens
+    before = torch.stack([scores[:start] for scores in parts.values()], dim=1)
+    return torch.cat([before, torch.full((rows - start, len(parts)), torch.nan)]), list(parts)
 
 
 def _joined(tokens: Sequence[TokenWithId]) -> TokenWithId:

@@ -1,28 +1,63 @@
-"""Names in Inseq's registries.
+"""The methods of ``flashtrace_plugin`` under their names in Inseq's registries, also those registered later.
 
 Inseq finds methods by walking the subclasses of ``FeatureAttribution``, so a method is registered once its class
-exists. Two classes with one name are picked from at random, hence the look before the classes are defined.
+exists. Two classes with one name are picked from at random, hence the look before a class is made.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable, Mapping
 
 from inseq.attr import FeatureAttribution
 from inseq.data import Aggregator
 from inseq.utils.id_utils import INSEQ_ID_MAP
 
-METHOD_NAMES = ("flashtrace", "ifr", "recursive", "heta")
-AGGREGATOR_NAMES = ("hops", "parts")
+from flashtrace_inseq.heta import TokenByToken
+from flashtrace_inseq.methods import PluginAttribution
+from flashtrace_plugin.methods.base import Method
+from flashtrace_plugin.methods.heta import HETA
+from flashtrace_plugin.methods.registry import METHODS
+
+_AGGREGATORS = ("hops", "parts")
+
+_SPECIAL: Mapping[type[Method], type[PluginAttribution]] = {HETA: TokenByToken}
+"""Methods that do otherwise in Inseq than the rest, with what their classes are made of."""
+
+CLASSES: dict[str, type[PluginAttribution]] = {}
+"""The classes that were made, by the name of their method."""
 
 
-def warn_if_taken() -> None:
+def register() -> None:
+    """Makes a class of every method there is and will be, and tells ``inseq.explain`` all names.
+
+    Its table is built before any plugin is imported.
+    """
+    METHODS.subscribe(_adapt)
+    known = Aggregator.available_classes()
+    INSEQ_ID_MAP.update({name: known[name] for name in _AGGREGATORS})
+
+
+def _adapt(core: type[Method]) -> None:
+    """Makes the class of a method; one that is registered again, as a notebook's cell does, takes its own place."""
+    if core.name not in CLASSES:
+        warn_if_taken([core.name], ())
+        base = next((base for method, base in _SPECIAL.items() if issubclass(core, method)), PluginAttribution)
+        name = core.__name__.removesuffix("Attribution") + "Attribution"
+        CLASSES[core.name] = type(name, (base,), {"__module__": __package__, "method_name": core.name})
+    made = CLASSES[core.name]
+    made.core = core
+    made.__doc__ = made.explanation()
+    INSEQ_ID_MAP[core.name] = FeatureAttribution.available_classes()[core.name]
+
+
+def warn_if_taken(methods: Iterable[str] = METHODS, aggregators: Iterable[str] = _AGGREGATORS) -> None:
     """Warns when another package has registered one of the names."""
-    _warn("method", METHOD_NAMES, FeatureAttribution.available_classes())
-    _warn("aggregator", AGGREGATOR_NAMES, Aggregator.available_classes())
+    _warn("method", methods, FeatureAttribution.available_classes())
+    _warn("aggregator", aggregators, Aggregator.available_classes())
 
 
-def _warn(kind: str, names: tuple[str, ...], known: dict[str, type]) -> None:
+def _warn(kind: str, names: Iterable[str], known: Mapping[str, type]) -> None:
     for name in names:
         owner = known[name].__module__ if name in known else __package__
         if owner.partition(".")[0] != __package__:
@@ -31,12 +66,3 @@ def _warn(kind: str, names: tuple[str, ...], known: dict[str, type]) -> None:
                 "one of them at random. Import only one of the two packages",
                 stacklevel=3,
             )
-
-
-def register() -> None:
-    """Makes the names known to ``inseq.explain``, whose table is built before any plugin is imported."""
-    for names, known in (
-        (METHOD_NAMES, FeatureAttribution.available_classes()),
-        (AGGREGATOR_NAMES, Aggregator.available_classes()),
-    ):
-        INSEQ_ID_MAP.update({name: known[name] for name in names})

@@ -18,7 +18,7 @@ from flashtrace_plugin.core.flow.pattern import Pattern
 from flashtrace_plugin.errors import UnsupportedModelError
 from flashtrace_plugin.models.read.projection import by_head
 
-PARTS = {
+_HOOK_POINTS = {
     "resid_pre": "hook_resid_pre",
     "resid_mid": "hook_resid_mid",
     "attn_out": "hook_attn_out",
@@ -28,8 +28,10 @@ PARTS = {
     "post_scale": "ln1_post.hook_scale",
     "gate": "attn.hook_q_gate",
 }
-OPTIONAL = {"resid_mid", "attn_out", "post_scale", "gate"}
 """Parts of a layer and their hook points, relative to ``blocks.{layer}``."""
+
+_OPTIONAL = {"resid_mid", "attn_out", "post_scale", "gate"}
+"""Parts that not every block has."""
 
 
 def names_filter(name: str) -> bool:
@@ -39,10 +41,10 @@ def names_filter(name: str) -> bool:
     ``attn.hook_v`` and ``attn.hook_pattern`` of every block, ``ln1_post.hook_scale`` where a norm follows attention,
     ``attn.hook_q_gate`` where heads are gated.
     """
-    return name.startswith("blocks.") and name.split(".", 2)[-1] in PARTS.values()
+    return name.startswith("blocks.") and name.split(".", 2)[-1] in _HOOK_POINTS.values()
 
 
-class HeadRows(Pattern, Protocol):
+class _HeadRows(Pattern, Protocol):
     """A pattern with (some of) its rows, ``A`` [H, ..., N]."""
 
     @property
@@ -50,7 +52,7 @@ class HeadRows(Pattern, Protocol):
 
 
 @dataclass(frozen=True)
-class Block:
+class BridgeBlock:
     """One block of a bridge. ``hooks`` maps the parts that this block has to the full names of their hook points."""
 
     index: int
@@ -80,7 +82,7 @@ class Block:
     def _latent(self) -> bool:
         return any(cls.__name__ == "MLAAttentionBridge" for cls in type(self.module.attn).__mro__)
 
-    def layer(self, parts: Mapping[str, Tensor], pattern: HeadRows) -> Layer:
+    def layer(self, parts: Mapping[str, Tensor], pattern: _HeadRows) -> Layer:
         """The record, from the parts that :meth:`pick` returned."""
         W_O, b_O = by_head(self.module.attn.o.original_component, pattern.A.shape[0])
         pre = parts["resid_pre"]
@@ -105,7 +107,7 @@ class Block:
         return None if multiplier == 1 else torch.full((width,), multiplier, device=like.device)
 
 
-def blocks_of(bridge: Any) -> list[Block]:
+def blocks_of(bridge: Any) -> list[BridgeBlock]:
     """The blocks of a bridge. Raises UnsupportedModelError for one that attention's heads alone do not explain."""
     blocks = getattr(bridge, "blocks", None)
     if blocks is None or getattr(bridge.original_model.config, "is_encoder_decoder", False):
@@ -114,18 +116,18 @@ def blocks_of(bridge: Any) -> list[Block]:
             "only decoder-only language models can be attributed"
         )
     known = bridge.hook_dict
-    return [_block(bridge, known, i, module) for i, module in enumerate(blocks)]
+    return [_bridge_block(bridge, known, i, module) for i, module in enumerate(blocks)]
 
 
-def _block(bridge: Any, known: Mapping[str, Any], index: int, module: Any) -> Block:
+def _bridge_block(bridge: Any, known: Mapping[str, Any], index: int, module: Any) -> BridgeBlock:
     _refuse(bridge, index, module)
-    names = {part: f"blocks.{index}.{hook}" for part, hook in PARTS.items()}
+    names = {part: f"blocks.{index}.{hook}" for part, hook in _HOOK_POINTS.items()}
     hooks = {part: name for part, name in names.items() if name in known}
     hooks.pop("attn_out" if "resid_mid" in hooks else "resid_mid", None)
-    missing = [n for part, n in names.items() if part not in {*hooks, *OPTIONAL}]
+    missing = [n for part, n in names.items() if part not in {*hooks, *_OPTIONAL}]
     if missing:
         raise UnsupportedModelError(f"{_class(bridge)} has no hook point {missing[0]}, which attribution needs")
-    return Block(index, module, hooks, _clip(module.attn.original_component))
+    return BridgeBlock(index, module, hooks, _clip(module.attn.original_component))
 
 
 def _clip(attention: Any) -> float | None:

@@ -18,13 +18,13 @@ from flashtrace_lens.capture import quiet
 from flashtrace_plugin.errors import ClosureError, FlashTraceError, UnsupportedModelError
 from flashtrace_plugin.models.guard import check_model, evaluating
 
-CHECKED_TOKENS = 128
+_COMPARED_TOKENS = 128
 """Logits are compared on at most this many tokens."""
 
 _ARCHITECTURES = {"PhimoeForCausalLM": "PhiMoEForCausalLM"}
 """Classes that TransformerLens knows under another spelling."""
 
-_verified: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_agreeing: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def bridge_for(model: PreTrainedModel, tokenizer: Any = None) -> Any:
@@ -85,7 +85,7 @@ def _probe(model: PreTrainedModel) -> Tensor:
 
 def is_verified(bridge: Any) -> bool:
     """Whether the bridge's logits have been found equal to its Hugging Face model's."""
-    return bridge in _verified
+    return bridge in _agreeing
 
 
 def verify(bridge: Any, input_ids: Tensor, *, reference: PreTrainedModel | None = None) -> None:
@@ -96,12 +96,12 @@ def verify(bridge: Any, input_ids: Tensor, *, reference: PreTrainedModel | None 
     A bridge under hooks is meant to differ, so the comparison waits for a call without any. It is left out where the
     weights are not plain tensors of the model's own layout (quantised, LoRA). Raises ClosureError with the gap.
     """
-    if bridge in _verified or _hooked(bridge):
+    if bridge in _agreeing or _hooked(bridge):
         return
     model = plain_model(bridge) if reference is None else reference
     if model is None:
         return
-    ids = input_ids[:, :CHECKED_TOKENS]
+    ids = input_ids[:, :_COMPARED_TOKENS]
     with quiet(bridge), evaluating(model):
         ours, theirs = bridge(ids, use_cache=False).float(), model(input_ids=ids, use_cache=False).logits.float()
     gap, bound = float((ours - theirs).abs().max() / theirs.abs().max()), _tolerance(ours, model)
@@ -111,7 +111,7 @@ def verify(bridge: Any, input_ids: Tensor, *, reference: PreTrainedModel | None 
             f"{bound:.0e}): TransformerLens translates this architecture differently, so an attribution of the bridge "
             "would explain another model. Use FlashTrace(model) on the Hugging Face model instead"
         )
-    _verified.add(bridge)
+    _agreeing.add(bridge)
 
 
 def _tolerance(logits: Tensor, model: PreTrainedModel) -> float:
@@ -139,7 +139,7 @@ def plain_model(bridge: Any) -> PreTrainedModel | None:
     with torch.device("meta"):
         plain = type(wrapped)._from_config(config, dtype=wrapped.dtype)
     for path, module in plain.named_modules():
-        source = _unwrapped(wrapped, path)
+        source = _below_bridge(wrapped, path)
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
                 found = None if tensor is None else getattr(source, name, None)
@@ -149,7 +149,7 @@ def plain_model(bridge: Any) -> PreTrainedModel | None:
     return plain.eval()
 
 
-def _unwrapped(model: nn.Module, path: str) -> nn.Module | None:
+def _below_bridge(model: nn.Module, path: str) -> nn.Module | None:
     """The module at ``path`` as Hugging Face made it, below whatever wraps it in the bridge."""
     module: Any = model
     for name in path.split(".") if path else ():

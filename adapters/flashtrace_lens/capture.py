@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashtrace_lens.blocks import Block, blocks_of
+from flashtrace_lens.blocks import BridgeBlock, blocks_of
 from flashtrace_plugin.core.flow.layer import Layer
 from flashtrace_plugin.errors import InputError, UnsupportedModelError
 from flashtrace_plugin.models.guard import evaluating
@@ -27,7 +27,7 @@ KEPT_BYTES = 64 << 20
 holds that for a moment anyway. Measured in docs/transformer-lens.md."""
 
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
+_Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Arguments and keyword arguments of a module."""
 
 
@@ -36,11 +36,11 @@ class _Notes:
     """What the hooks of one block have seen, and what its attention was given."""
 
     parts: dict[str, Tensor] = field(default_factory=dict)
-    call: Call = ((), {})
+    call: _Call = ((), {})
 
 
 @dataclass(frozen=True)
-class HookedPattern:
+class _HookedPattern:
     """Rows of a pattern, the last ones kept; for others the block's attention runs again.
 
     positions: [rows]         query positions, increasing
@@ -50,8 +50,8 @@ class HookedPattern:
     positions: Tensor
     A: Tensor
     bridge: Any
-    block: Block
-    call: Call
+    block: BridgeBlock
+    call: _Call
 
     def blocks(self, rows: Tensor) -> Iterator[tuple[slice, int, Tensor]]:
         """See :class:`flashtrace_plugin.core.flow.pattern.Pattern`."""
@@ -72,7 +72,7 @@ class HookedPattern:
         return seen[0]
 
 
-def capture(bridge: Any, input_ids: Tensor, rows: Tensor) -> list[Layer]:
+def capture_bridge(bridge: Any, input_ids: Tensor, rows: Tensor) -> list[Layer]:
     """Runs a bridge once and returns its layers, ready for :mod:`flashtrace_plugin.core`.
 
     input_ids: [1, N]
@@ -84,8 +84,8 @@ def capture(bridge: Any, input_ids: Tensor, rows: Tensor) -> list[Layer]:
     kept = rows[len(rows) - _kept_rows(bridge, len(blocks), input_ids.shape[1], len(rows)) :]
     notes = [_Notes() for _ in blocks]
     hooks = [hook for block, note in zip(blocks, notes, strict=True) for hook in _hooks(block, note, rows, kept)]
-    with quiet(bridge), _calls(blocks, notes), bridge.hooks(fwd_hooks=hooks):
-        check_finite(last_logits(bridge, input_ids))
+    with quiet(bridge), _attention_calls(blocks, notes), bridge.hooks(fwd_hooks=hooks):
+        _check_finite(_last_logits(bridge, input_ids))
     return [_layer(bridge, block, note, rows) for block, note in zip(blocks, notes, strict=True)]
 
 
@@ -94,7 +94,7 @@ def _kept_rows(bridge: Any, n_layers: int, length: int, n_rows: int) -> int:
     return min(n_rows, max(KEPT_BYTES, row * length) // (row * n_layers))
 
 
-def _hooks(block: Block, notes: _Notes, rows: Tensor, kept: Tensor) -> list[tuple[str, Callable[..., None]]]:
+def _hooks(block: BridgeBlock, notes: _Notes, rows: Tensor, kept: Tensor) -> list[tuple[str, Callable[..., None]]]:
     def note(part: str) -> Callable[..., None]:
         def hook(activation: Tensor, hook: Any) -> None:
             notes.parts[part] = block.pick(part, activation, kept if part == "pattern" else rows)
@@ -105,7 +105,7 @@ def _hooks(block: Block, notes: _Notes, rows: Tensor, kept: Tensor) -> list[tupl
 
 
 @contextmanager
-def _calls(blocks: list[Block], notes: list[_Notes]) -> Iterator[None]:
+def _attention_calls(blocks: list[BridgeBlock], notes: list[_Notes]) -> Iterator[None]:
     """Notes what every attention module is given."""
 
     def note(notes: _Notes) -> Callable[..., None]:
@@ -121,20 +121,27 @@ def _calls(blocks: list[Block], notes: list[_Notes]) -> Iterator[None]:
 
 
 @contextmanager
-def quiet(bridge: Any) -> Iterator[None]:
-    """No gradients and no dropout, as long as it lasts."""
-    with torch.no_grad(), evaluating(bridge), evaluating(bridge.original_model):
+def evaluating_bridge(bridge: Any) -> Iterator[None]:
+    """The bridge and the modules it wraps in evaluation mode, and as they were found afterwards."""
+    with evaluating(bridge), evaluating(bridge.original_model):
         yield
 
 
-def last_logits(bridge: Any, input_ids: Tensor) -> Tensor:
+@contextmanager
+def quiet(bridge: Any) -> Iterator[None]:
+    """No gradients and no dropout, as long as it lasts."""
+    with torch.no_grad(), evaluating_bridge(bridge):
+        yield
+
+
+def _last_logits(bridge: Any, input_ids: Tensor) -> Tensor:
     """Logits of the last position [vocabulary]; the others are never computed where the model can skip them."""
     known = inspect.signature(bridge.original_model.forward).parameters
     options = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
     return bridge(input_ids, use_cache=False, **options)[0, -1]
 
 
-def check_finite(logits: Tensor) -> None:
+def _check_finite(logits: Tensor) -> None:
     """Raises InputError for NaN or infinity."""
     if not bool(torch.isfinite(logits).all()):
         raise InputError(
@@ -143,7 +150,7 @@ def check_finite(logits: Tensor) -> None:
         )
 
 
-def _layer(bridge: Any, block: Block, notes: _Notes, rows: Tensor) -> Layer:
+def _layer(bridge: Any, block: BridgeBlock, notes: _Notes, rows: Tensor) -> Layer:
     silent = [name for part, name in block.hooks.items() if part not in notes.parts]
     if silent:
         raise UnsupportedModelError(
@@ -151,4 +158,4 @@ def _layer(bridge: Any, block: Block, notes: _Notes, rows: Tensor) -> Layer:
             "boot it with attn_implementation='eager'"
         )
     A = notes.parts.pop("pattern")
-    return block.layer(notes.parts, HookedPattern(rows.to(A.device), A, bridge, block, notes.call))
+    return block.layer(notes.parts, _HookedPattern(rows.to(A.device), A, bridge, block, notes.call))

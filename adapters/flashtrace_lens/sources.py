@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any
 
@@ -9,16 +10,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from flashtrace_lens.blocks import Block, blocks_of
+from flashtrace_lens.blocks import BridgeBlock, blocks_of
 from flashtrace_lens.boot import is_verified, plain_model, verify
-from flashtrace_lens.capture import capture
+from flashtrace_lens.capture import capture_bridge, evaluating_bridge
 from flashtrace_plugin.core.flow.layer import Layer
 from flashtrace_plugin.core.flow.pattern import StoredPattern
 from flashtrace_plugin.errors import InputError, UnsupportedModelError
 from flashtrace_plugin.models.guard import check_ids
 
 
-class BridgeSource:
+class _BridgeSource:
     """Layers from the hook points of a ``TransformerBridge``, one forward pass per sequence."""
 
     name = "hook points"
@@ -41,7 +42,7 @@ class BridgeSource:
     def layers(self, input_ids: Tensor, rows: Tensor) -> list[Layer]:
         checked_bridge(self.bridge)
         verify(self.bridge, input_ids)
-        return capture(self.bridge, input_ids, rows)
+        return capture_bridge(self.bridge, input_ids, rows)
 
     def describe(self) -> dict[str, Any]:
         """``logits_checked`` is False where the bridge could not be compared with its Hugging Face model yet."""
@@ -53,8 +54,15 @@ class BridgeSource:
             "logits_checked": is_verified(self.bridge),
         }
 
+    def configs(self) -> list[Any]:
+        wrapped = self.bridge.original_model
+        return [wrapped.config.get_text_config(), getattr(wrapped, "generation_config", None)]
 
-class CacheSource(BridgeSource):
+    def guarded(self) -> AbstractContextManager[None]:
+        return evaluating_bridge(self.bridge)
+
+
+class _CacheSource(_BridgeSource):
     """Layers from an ``ActivationCache`` of one sequence, without running the model again."""
 
     name = "activation cache"
@@ -83,12 +91,12 @@ class CacheSource(BridgeSource):
         verify(self.bridge, input_ids)
         return [self._layer(block, rows) for block in self.blocks]
 
-    def _layer(self, block: Block, rows: Tensor) -> Layer:
+    def _layer(self, block: BridgeBlock, rows: Tensor) -> Layer:
         parts = {part: block.pick(part, self._activation(block, part), rows) for part in block.hooks}
         A = parts.pop("pattern")
         return block.layer(parts, StoredPattern(rows.to(A.device), A))
 
-    def _activation(self, block: Block, part: str) -> Tensor:
+    def _activation(self, block: BridgeBlock, part: str) -> Tensor:
         activation = self._cached(block.hooks[part])
         return activation if self.cache.has_batch_dim else activation[None]
 
@@ -101,11 +109,11 @@ class CacheSource(BridgeSource):
         return self.cache.cache_dict[hook]
 
 
-def source(model: Any) -> BridgeSource:
+def source(model: Any) -> _BridgeSource:
     """The source for an object of TransformerLens: a ``TransformerBridge`` or an ``ActivationCache``."""
     from transformer_lens import ActivationCache
 
-    return CacheSource(model) if isinstance(model, ActivationCache) else BridgeSource(model)
+    return _CacheSource(model) if isinstance(model, ActivationCache) else _BridgeSource(model)
 
 
 def checked_bridge(bridge: Any) -> Any:
@@ -127,11 +135,10 @@ def checked_bridge(bridge: Any) -> Any:
     return bridge
 
 
-def as_ids(bridge: Any, tokens: str | Tensor) -> Tensor:
-    """Token ids [N] of a text as the bridge tokenizes it, or the ids themselves."""
-    if isinstance(tokens, str):
-        if bridge.tokenizer is None:
-            raise InputError("this bridge has no tokenizer; pass token ids instead of a text")
-        return bridge.to_tokens(tokens)[0].cpu()
-    ids = torch.as_tensor(tokens)
-    return ids[0] if ids.dim() == 2 and ids.shape[0] == 1 else ids
+def as_ids(bridge: Any, tokens: Any) -> Tensor:
+    """Token ids of a text as the bridge tokenizes it, or the ids themselves."""
+    if not isinstance(tokens, str):
+        return torch.as_tensor(tokens)
+    if bridge.tokenizer is None:
+        raise InputError("this bridge has no tokenizer; pass token ids instead of a text")
+    return bridge.to_tokens(tokens)

@@ -1,110 +1,159 @@
-"""What every method shares: texts or ids in, checked spans, an :class:`Attribution` out."""
+"""A method declares its options and one step; everything around them is here and in the driver."""
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from flashtrace_plugin.attribution import Attribution
-from flashtrace_plugin.core.flow.hop import Hop, closure_tolerance, one_hop, row_hops
-from flashtrace_plugin.core.flow.layer import Layer
-from flashtrace_plugin.errors import ClosureError, InputError
+from flashtrace_plugin.core.recursion import Rows
+from flashtrace_plugin.errors import InputError, MethodError
+from flashtrace_plugin.methods.driver import Step, drive
+from flashtrace_plugin.methods.options import Declared, Driving, Options, declared, driven
+from flashtrace_plugin.methods.task import Task
 from flashtrace_plugin.models.read.source import source_for
-from flashtrace_plugin.spans import Span, SpanLike, as_span, check_spans
-from flashtrace_plugin.text import Prompt, TokenizedText, from_ids, tokenize
-
-
-@dataclass(frozen=True)
-class Task:
-    """One sequence with its spans, checked. ``input_ids`` is [1, N] on the model's device."""
-
-    input_ids: Tensor
-    prompt_length: int
-    target: Span
-    reasoning: Span | None
-
-    @property
-    def length(self) -> int:
-        return self.input_ids.shape[1]
-
-    def mask(self, *spans: Span | None) -> Tensor:
-        """The positions of some spans. result: [N] bool"""
-        inside = torch.zeros(self.length, dtype=torch.bool)
-        for span in spans:
-            if span is not None:
-                inside[span.slice] = True
-        return inside
+from flashtrace_plugin.positions import Positions
+from flashtrace_plugin.spans import Span, check_spans
+from flashtrace_plugin.text import Located, Prompt, TokenizedText, end_ids, from_ids, tokenize, without_text
 
 
 class Method(ABC):
     """What all methods share: texts and ids in, an :class:`Attribution` out.
+
+    A method of your own declares the following and defines :meth:`start`; docs/adding-a-method.md builds one.
+
+    name:         how hosts and the command line call it
+    Options:      its own options, a frozen dataclass of :func:`~flashtrace_plugin.methods.options.option` fields
+    drives:       the driver's options that mean something for it, with their defaults here
+    renormalises: whether the prompt's scores are brought to sum 1 (Eq. 31)
 
     model:     a Hugging Face causal language model, or a TransformerBridge of TransformerLens
     tokenizer: the model's tokenizer; only texts need it
     """
 
     name: ClassVar[str]
+    Options: ClassVar[type[Options]] = Options
+    drives: ClassVar[Mapping[str, Any]] = driven(hops=1, recursion="reasoning", positions="token", ignore=())
+    renormalises: ClassVar[bool] = False
 
-    def __init__(self, model: Any, tokenizer: Any = None) -> None:
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        _check_options(cls)
+        cls.__signature__ = _signature(cls)  # type: ignore[attr-defined]
+        cls.__doc__ = _documented(cls)
+
+    def __init__(self, model: Any, tokenizer: Any = None, **options: Any) -> None:
+        given = {one.name for one in options_of(type(self))}
+        unknown = sorted(options.keys() - given)
+        if unknown:
+            raise TypeError(f"{type(self).__name__} has no option {', '.join(unknown)}; {takes(type(self))}")
+        driving = dict(self.drives) | {k: v for k, v in options.items() if k in self.drives}
+        self.options = self.Options(**{k: v for k, v in options.items() if k not in self.drives})
+        self.driving = Driving(**({"hops": 0} | driving))
         self.source = source_for(model)
         self.tokenizer = tokenizer if tokenizer is not None else self.source.tokenizer
+
+    @abstractmethod
+    def start(self, task: Task) -> Step | Rows:
+        """Begins to explain one sequence.
+
+        result: ``step(weights)``, which gives a :class:`~flashtrace_plugin.core.recursion.Hop` for weights [N] on the
+                positions that stand for tokens; or :class:`~flashtrace_plugin.core.recursion.Rows`, one row of
+                importance for every token, from which the driver makes the step
+        """
 
     def attribute(
         self,
         prompt: Prompt,
         generation: str,
         *,
-        target: SpanLike | str | None = None,
-        reasoning: SpanLike | str | None = None,
+        target: Positions | str | None = None,
+        reasoning: Positions | str | None = None,
     ) -> Attribution:
         """Attributes a generated text to its prompt.
 
         prompt:     a text, or chat messages that go through the tokenizer's template
         generation: what the model wrote after it, thinking included
-        target:     what to explain: a piece of the generation, or a Span of token positions. By default the answer:
-                    what follows ``</think>``, narrowed by ``<answer>`` or ``\\boxed{}``; see
-                    :func:`flashtrace_plugin.spans.find_parts`
+        target:     what to explain: a piece of the generation, or token positions of the whole sequence. By default
+                    the answer: what follows the reasoning, narrowed by ``<answer>`` or ``\\boxed{}``; see
+                    :func:`flashtrace_plugin.formats.find_parts`
         reasoning:  what to follow importance through; by default the thinking before the target
 
         Raises SpanError or InputError for spans and texts that do not fit, UnsupportedModelError and ClosureError
-        for a model that cannot be decomposed. The model is left as it was found.
+        for a model that cannot be decomposed. Warns with ReasoningWarning where hops find no reasoning to follow. The
+        model is left as it was found.
         """
-        text = tokenize(self._need_tokenizer(), prompt, generation)
-        where, through = text.locate(target, reasoning)
-        return self._attribute(text, where, through)
+        text = tokenize(self._need_tokenizer(), prompt, generation, self.end_ids())
+        return self.attribute_text(text, target=target, reasoning=reasoning)
 
     def attribute_ids(
-        self, input_ids: Tensor, *, prompt_length: int, target: SpanLike, reasoning: SpanLike | None = None
+        self,
+        input_ids: Tensor,
+        *,
+        prompt_length: int,
+        target: Positions | str | None = None,
+        reasoning: Positions | str | None = None,
     ) -> Attribution:
         """Attributes a generated sequence of token ids.
 
         input_ids:     [N] or [1, N], prompt and generation
         prompt_length: number of prompt tokens
-        target:        positions to explain, a Span or (start, stop)
-        reasoning:     positions to follow importance through
+        target:        what to explain, as for :meth:`attribute`
+        reasoning:     what to follow importance through; without a tokenizer, only positions can be told
         """
-        if not isinstance(prompt_length, int):
-            raise InputError(f"prompt_length must be a whole number of tokens, got {prompt_length!r}")
-        target = as_span("target", target)
-        reasoning = None if reasoning is None else as_span("reasoning", reasoning)
-        ids = self.source.check_ids(torch.as_tensor(input_ids))[0].cpu()
-        if self.tokenizer is None:
-            labels = tuple(f"<{i}>" for i in ids.tolist())
-            return self._attribute(TokenizedText(ids, prompt_length, labels, "", ()), target, reasoning)
-        return self._attribute(from_ids(self.tokenizer, ids, prompt_length), target, reasoning)
+        return self.attribute_text(self.read_ids(input_ids, prompt_length), target=target, reasoning=reasoning)
+
+    def attribute_text(
+        self,
+        text: TokenizedText,
+        *,
+        target: Positions | str | None = None,
+        reasoning: Positions | str | None = None,
+    ) -> Attribution:
+        """Attributes a tokenized text: the one door that Python, the command line and all hosts go through.
+
+        text: from :func:`flashtrace_plugin.text.tokenize`, or from ids by :meth:`read_ids`
+        target, reasoning: as for :meth:`attribute`
+        """
+        where = text.parts(target, reasoning, self.driving.format)
+        check_spans(len(text.input_ids), text.prompt_length, where.target, where.reasoning, str(where))
+        # Tensors made in inference mode cannot be differentiated, whatever the caller's mode is.
+        with ExitStack() as open_for_the_call:
+            open_for_the_call.enter_context(torch.inference_mode(False))
+            open_for_the_call.enter_context(self.source.guarded())
+            ids = self.source.check_ids(text.input_ids).clone()
+            task = self._task(ids, text.prompt_length, where.target, where.reasoning, open_for_the_call)
+            hops = self.driving.hops if "hops" in self.drives else 0
+            found = drive(self.name, self.start(task), task, hops, renormalise=self.renormalises)
+        numbers = dict(vars(found))
+        # Options first, then what is known only after the run.
+        settings = self.settings() | self.source.describe() | _rules(where) | numbers.pop("settings")
+        if "hops" not in self.drives:
+            settings = {k: v for k, v in settings.items() if k not in ("hops_followed", "mass_left")}
+        return Attribution(
+            tokens=text.tokens,
+            token_ids=tuple(text.input_ids.tolist()),
+            prompt=Span(0, text.prompt_length),
+            reasoning=where.reasoning,
+            target=where.target,
+            method=self.name,
+            settings=settings,
+            **numbers,
+        )
 
     def attribute_batch(
         self,
         prompts: Sequence[Prompt],
         generations: Sequence[str],
         *,
-        targets: Sequence[SpanLike | str | None] | None = None,
-        reasonings: Sequence[SpanLike | str | None] | None = None,
+        targets: Sequence[Positions | str | None] | None = None,
+        reasonings: Sequence[Positions | str | None] | None = None,
         progress: bool = False,
     ) -> list[Attribution]:
         """Attributes several texts, one after the other, with the numbers of :meth:`attribute`.
@@ -127,85 +176,125 @@ class Method(ABC):
             rows = tqdm(rows, total=n, desc=self.name)
         return [self.attribute(p, g, target=t, reasoning=r) for p, g, t, r in rows]
 
+    def read_ids(self, input_ids: Any, prompt_length: int) -> TokenizedText:
+        """Token ids [N] or [1, N] as a tokenized text. Raises InputError for what are no ids of this model."""
+        if not isinstance(prompt_length, int):
+            raise InputError(f"prompt_length must be a whole number of tokens, got {prompt_length!r}")
+        ids = self.source.check_ids(torch.as_tensor(input_ids))[0].cpu()
+        if self.tokenizer is None:
+            return without_text(ids, prompt_length)
+        return from_ids(self.tokenizer, ids, prompt_length, self.end_ids())
+
+    def end_ids(self) -> frozenset[int]:
+        """Ids that end a text or a turn for this tokenizer and model, see :func:`flashtrace_plugin.text.end_ids`."""
+        return end_ids(self.tokenizer, *self.source.configs())
+
+    def ignored(self, ids: Tensor) -> Tensor:
+        """Which of the tokens [N] are in ``ignore``. result: [N] bool"""
+        ignore = tuple(self.driving.ignore)
+        chosen = torch.tensor([i for i in ignore if isinstance(i, int)], dtype=torch.long)
+        ignored = torch.isin(ids, chosen)
+        words = {word for word in ignore if isinstance(word, str)}
+        if words:
+            texts = self._need_tokenizer().batch_decode([[i] for i in ids.tolist()])
+            ignored |= torch.tensor([text in words or text.strip() in words for text in texts])
+        return ignored
+
+    def settings(self) -> dict[str, Any]:
+        """The options of this method, for the record."""
+        return {k: v for k, v in self.driving.noted().items() if k in self.drives} | self.options.noted()
+
     def _need_tokenizer(self) -> Any:
         if self.tokenizer is None:
             raise InputError("texts need a tokenizer: pass one as the second argument, or use attribute_ids")
         return self.tokenizer
 
-    def _attribute(self, text: TokenizedText, target: Span, reasoning: Span | None) -> Attribution:
-        check_spans(len(text.input_ids), text.prompt_length, target, reasoning)
-        task = Task(self.source.check_ids(text.input_ids), text.prompt_length, target, reasoning)
-        numbers = self._run(task)
-        # Options first, then what is known only after the run.
-        settings = self.settings() | self.source.describe() | numbers.pop("settings", {})
-        return Attribution(
-            tokens=text.tokens,
-            token_ids=tuple(text.input_ids.tolist()),
-            prompt=Span(0, text.prompt_length),
-            reasoning=reasoning,
-            target=target,
-            method=self.name,
-            settings=settings,
-            **numbers,
+    def _task(
+        self, ids: Tensor, prompt_length: int, target: Span, reasoning: Span | None, contexts: ExitStack
+    ) -> Task:
+        # A position of its own stands for a token only where the method says so; nothing predicts the first token.
+        own = "positions" in self.drives and self.driving.positions == "token"
+        shift = int("positions" in self.drives and not own)
+        kept = ~self.ignored(ids[0].cpu())
+        chosen = _mask(len(kept), target) & kept
+        if not bool(chosen.any()):
+            raise InputError(f"all tokens of target {target} are ignored; ignore fewer, or choose another target")
+        followed: dict[str, list[Span | None]] = {
+            "reasoning": [reasoning],
+            "generation": [reasoning, target],
+            "prompt": [Span(0 if own else 1, target.start)],
+        }
+        through = _mask(len(kept), *followed[self.driving.recursion]) & kept
+        return Task(self.source, ids, prompt_length, target, reasoning, kept, chosen, through, shift, contexts)
+
+
+def options_of(method: type[Method]) -> list[Declared]:
+    """All options of a method: the driver's that it takes, with its own defaults, and those it declares."""
+    driver = [_with_default(one, method.drives[one.name]) for one in declared(Driving) if one.name in method.drives]
+    return driver + declared(method.Options)
+
+
+def takes(method: type[Method]) -> str:
+    """The options of a method in words, for errors."""
+    known = [one.name for one in options_of(method)]
+    return f"it takes {', '.join(known)}" if known else "it takes none"
+
+
+def check_declaration(method: type[Method]) -> None:
+    """Raises MethodError for a name that is none, and for options that the driver does not know."""
+    name = getattr(method, "name", None)
+    if not isinstance(name, str) or not name.isidentifier():
+        raise MethodError(f"{method.__name__}.name must be a word such as 'rollout', got {name!r}")
+    known = {one.name for one in declared(Driving)}
+    unknown = sorted(method.drives.keys() - known)
+    if unknown:
+        raise MethodError(
+            f"the method {name!r} drives {', '.join(unknown)}, which the driver does not know; it knows "
+            f"{', '.join(sorted(known))}"
         )
 
-    def settings(self) -> dict[str, Any]:
-        """The options of this method, for the record."""
-        return {}
 
-    @abstractmethod
-    def _run(self, task: Task) -> dict[str, Any]:
-        """The numbers of an :class:`Attribution`: its tensors, ``closure_error`` and ``components``; and, under
-        ``settings``, what to add to the options."""
-
-
-class LayerMethod(Method):
-    """A method that works on recorded layers, one forward pass for all of them."""
-
-    def _record(self, task: Task, rows: Tensor) -> Recorded:
-        """Layers of the sequence up to the last row; what comes after cannot matter, so it is not run."""
-        layers = self.source.layers(task.input_ids[:, : int(rows[-1]) + 1], rows)
-        return Recorded(layers, rows, task.length, self.source.describe().get("family", "this model"))
+def _check_options(method: type[Method]) -> None:
+    clash = sorted({one.name for one in declared(Driving)} & {one.name for one in declared(method.Options)})
+    if clash:
+        name = getattr(method, "name", method.__name__)
+        raise MethodError(
+            f"the method {name!r} declares the option {', '.join(clash)}, which is the driver's; name yours "
+            "otherwise, or set the driver's default in `drives`"
+        )
 
 
-@dataclass(frozen=True)
-class Recorded:
-    """Layers of one sequence, with the positions [r] that may carry weight; the family is named in errors."""
-
-    layers: list[Layer]
-    rows: Tensor
-    length: int
-    family: str
-
-    def hop(self, weights: Tensor) -> Hop:
-        """One hop from weights [N] over all positions."""
-        return self.checked(one_hop(self.layers, weights[self.rows], self.length))
-
-    def each(self, positions: Tensor) -> Hop:
-        """One hop from every given position [B] by itself."""
-        return self.checked(row_hops(self.layers, torch.searchsorted(self.rows, positions), self.length))
-
-    def checked(self, hop: Hop) -> Hop:
-        """The hop, if the parts of every layer add up to the whole. Raises ClosureError with the size of the gap."""
-        bound = closure_tolerance(self.layers[0].resid_mid.dtype)
-        if not hop.closure_error <= bound:
-            raise ClosureError(
-                f"{self.family}, layer {hop.worst_layer}: attention's parts do not add up to the residual stream "
-                f"(relative gap {hop.closure_error:.1e}, bound {bound:.0e}). The block is not what its family's "
-                "layout says, so any attribution of it would be wrong"
-            )
-        return hop
+def _with_default(one: Declared, default: Any) -> Declared:
+    return Declared(**(vars(one) | {"default": default}))
 
 
-def checked_hops(hops: int) -> int:
-    """Raises InputError unless ``hops`` is a whole number >= 0."""
-    if not isinstance(hops, int) or isinstance(hops, bool) or hops < 0:
-        raise InputError(f"hops must be a whole number >= 0, got {hops!r}; 0 explains the target without recursion")
-    return hops
+def _signature(method: type[Method]) -> inspect.Signature:
+    kinds = inspect.Parameter
+    head = [
+        kinds("model", kinds.POSITIONAL_OR_KEYWORD),
+        kinds("tokenizer", kinds.POSITIONAL_OR_KEYWORD, default=None),
+    ]
+    tail = [kinds(o.name, kinds.KEYWORD_ONLY, default=o.default, annotation=o.type) for o in options_of(method)]
+    return inspect.Signature(head + tail)
 
 
-def one_of(name: str, value: str, known: Iterable[str]) -> str:
-    """Raises InputError unless ``value`` is one of the known ones."""
-    if value not in known:
-        raise InputError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
-    return value
+def _documented(method: type[Method]) -> str:
+    """The docstring with the options that were declared, unless a parent's stands for it."""
+    text = inspect.cleandoc(vars(method).get("__doc__") or "")
+    lines = [f"{one.shown()}" for one in options_of(method)]
+    return "\n".join([text, "", "Options:", "", *lines]) if lines else text
+
+
+def _mask(length: int, *spans: Span | None) -> Tensor:
+    """The positions of some spans. result: [length] bool"""
+    inside = torch.zeros(length, dtype=torch.bool)
+    for span in spans:
+        if span is not None:
+            inside[span.slice] = True
+    return inside
+
+
+def _rules(where: Located) -> dict[str, str]:
+    """The rules that found the spans, where they were not given."""
+    found = {"target_rule": where.target_rule, "reasoning_rule": where.reasoning_rule}
+    return {name: rule for name, rule in found.items() if rule}

@@ -65,7 +65,7 @@ def check_ids(model: PreTrainedModel, input_ids: Tensor, *, padded: bool = False
         )
     if not padded:
         _check_unpadded(model, ids[0])
-    limit = position_limit(model)
+    limit = _position_limit(model)
     if limit is not None and ids.shape[1] > limit:
         raise InputError(f"the sequence has {ids.shape[1]} tokens, the model has {limit} positions; shorten the text")
     device = model.get_input_embeddings().weight.device
@@ -86,7 +86,7 @@ def _check_unpadded(model: PreTrainedModel, ids: Tensor) -> None:
         )
 
 
-def position_limit(model: PreTrainedModel) -> int | None:
+def _position_limit(model: PreTrainedModel) -> int | None:
     """Number of positions the model was made for, where the configuration states one."""
     config = model.config.get_text_config()
     for name in ("max_position_embeddings", "n_positions", "max_seq_len"):

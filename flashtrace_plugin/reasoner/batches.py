@@ -19,7 +19,7 @@ from flashtrace_plugin.evaluation.tasks.vocabulary import NEEDLE_KEYS
 from flashtrace_plugin.reasoner.build import EOS
 
 Vocabulary = dict[str, int]  # token id of each word
-Columns = tuple[list[int], ...]  # ids, positions, labels, segments
+_Columns = tuple[list[int], ...]  # ids, positions, labels, segments
 
 IGNORED = -100  # the label of tokens without loss
 _DIRECT_HOPS = 2  # deeper chains are not asked for without reasoning
@@ -77,7 +77,7 @@ def draw_question(rng: random.Random, body: Body, direct: float = 0.2) -> Sample
     return ask(body, rng.sample(keys, count), thinking=True, task="training")
 
 
-def make_row(rng: random.Random, encode: Vocabulary, length: int, extra: int, chains: float) -> Columns:
+def _make_row(rng: random.Random, encode: Vocabulary, length: int, extra: int, chains: float) -> _Columns:
     """The columns of one body of ``length`` words and questions of ``extra`` words in all."""
     body = draw_body(rng, length, chains)
     rows = _segment(encode, body.words, "", 0, _BODY)
@@ -91,7 +91,7 @@ def make_row(rng: random.Random, encode: Vocabulary, length: int, extra: int, ch
     return rows
 
 
-def _segment(encode: Vocabulary, given: Sequence[str], generation: str, first: int, number: int) -> Columns:
+def _segment(encode: Vocabulary, given: Sequence[str], generation: str, first: int, number: int) -> _Columns:
     """The columns of one stretch of text; the loss begins where the last given word predicts."""
     generated = [*generation.split(), EOS] if generation else []
     ids = [encode[word] for word in (*given, *generated)]
@@ -105,7 +105,7 @@ def make_batch(
     rng: random.Random, encode: Vocabulary, length: int, extra: int, rows: int, chains: float = 0.65
 ) -> Batch:
     """A batch of ``rows`` bodies, padded on the right to ``length + extra``."""
-    drawn = [make_row(rng, encode, length, extra, chains) for _ in range(rows)]
+    drawn = [_make_row(rng, encode, length, extra, chains) for _ in range(rows)]
     ids, positions, labels, segments = (
         torch.tensor([row[i] + [fill] * (length + extra - len(row[i])) for row in drawn])
         for i, fill in enumerate((0, 0, IGNORED, _PADDING))

@@ -7,8 +7,8 @@ from flashtrace_plugin.evaluation.tasks import vocabulary
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
-PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
-MAX_PROMPT = 512
+PAD, EOS, _UNKNOWN = "<pad>", "<eos>", "<unk>"
+_MAX_PROMPT = 512
 
 _CHAT_TEMPLATE = """\
 {%- set mode = 'direct' if enable_thinking is defined and not enable_thinking else 'think' -%}
@@ -29,14 +29,14 @@ def build_tokenizer() -> "PreTrainedTokenizerFast":
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    ids = {word: i for i, word in enumerate((PAD, EOS, UNKNOWN, *vocabulary.words()))}
-    backend = Tokenizer(models.WordLevel(ids, unk_token=UNKNOWN))
+    ids = {word: i for i, word in enumerate((PAD, EOS, _UNKNOWN, *vocabulary.words()))}
+    backend = Tokenizer(models.WordLevel(ids, unk_token=_UNKNOWN))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token=PAD,
         eos_token=EOS,
-        unk_token=UNKNOWN,
+        unk_token=_UNKNOWN,
         padding_side="left",
         clean_up_tokenization_spaces=False,
         model_max_length=1024,

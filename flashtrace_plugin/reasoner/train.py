@@ -23,16 +23,16 @@ from flashtrace_plugin.reasoner.build import build_model, build_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
-LENGTHS = (32, 64, 128, 256, 512)  # words of the body
-LEARNT = 0.85  # share of samples without any wrong token at which the next length is added
-LAST_LENGTH_BY = 0.5  # share of the time after which every length is in use, learnt or not
-CONSTANT_UNTIL = 0.15  # share of the time at which the learning rate begins to fall
-MORE_NEEDLES_FROM = 0.73  # share of the time at which the tasks' shares change, as crowded needles are learnt last
-CHECKPOINT_SECONDS = 240
+_LENGTHS = (32, 64, 128, 256, 512)  # words of the body
+_LEARNT = 0.85  # share of samples without any wrong token at which the next length is added
+_LAST_LENGTH_BY = 0.5  # share of the time after which every length is in use, learnt or not
+_CONSTANT_UNTIL = 0.15  # share of the time at which the learning rate begins to fall
+_MORE_NEEDLES_FROM = 0.73  # share of the time at which the tasks' shares change, as crowded needles are learnt last
+_CHECKPOINT_SECONDS = 240
 
 
 @dataclass(frozen=True)
-class Plan:
+class _Plan:
     """What a run is asked to do: seconds to train, seed, highest learning rate, tokens per step with padding."""
 
     seconds: float
@@ -54,35 +54,35 @@ class Progress:
         """Count a step; add the next length when the longest one in use is learnt."""
         self.step += 1
         self.seconds += seconds
-        if length == LENGTHS[self.lengths - 1]:
+        if length == _LENGTHS[self.lengths - 1]:
             self.right = 0.95 * self.right + 0.05 * right
-        if self.right > LEARNT and self.lengths < len(LENGTHS):
+        if self.right > _LEARNT and self.lengths < len(_LENGTHS):
             self.lengths, self.right = self.lengths + 1, 0.0
 
 
 def lengths_due(done: float) -> int:
     """How many lengths are in use at a share ``done`` of the time at the latest."""
-    return min(len(LENGTHS), 1 + int(done / LAST_LENGTH_BY * (len(LENGTHS) - 1)))
+    return min(len(_LENGTHS), 1 + int(done / _LAST_LENGTH_BY * (len(_LENGTHS) - 1)))
 
 
-def questions_room(length: int) -> int:
+def _questions_room(length: int) -> int:
     """Words of questions and generations behind a body of ``length`` words."""
     return length // 2 + 64
 
 
-def draw_length(rng: random.Random, lengths: int) -> int:
+def _draw_length(rng: random.Random, lengths: int) -> int:
     """Mostly the longest length in use, else a shorter one, so that short prompts are not forgotten."""
-    return LENGTHS[lengths - 1] if rng.random() < 0.6 else LENGTHS[rng.randrange(lengths)]
+    return _LENGTHS[lengths - 1] if rng.random() < 0.6 else _LENGTHS[rng.randrange(lengths)]
 
 
 def chains_share(done: float) -> float:
     """The share of bodies with chains; the others hold needles."""
-    return 0.65 if done < MORE_NEEDLES_FROM else 0.3
+    return 0.65 if done < _MORE_NEEDLES_FROM else 0.3
 
 
 def rate(done: float, step: int, peak: float, warm_up: int = 100) -> float:
     """Learning rate at a share ``done`` of the time: warm-up over steps, constant, linear fall."""
-    return peak * min(1.0, (step + 1) / warm_up, max(0.0, 1 - done) / (1 - CONSTANT_UNTIL))
+    return peak * min(1.0, (step + 1) / warm_up, max(0.0, 1 - done) / (1 - _CONSTANT_UNTIL))
 
 
 def loss_and_right(model: Any, batch: Batch) -> tuple[Tensor, float]:
@@ -103,7 +103,7 @@ def _share_right(hits: Tensor, batch: Batch, scored: Tensor) -> float:
     return float(right.mean())
 
 
-def train_step(
+def _train_step(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, lr: float
 ) -> tuple[float, float]:
     """One step of AdamW at rate ``lr``; returns the loss and the share of samples without a wrong token."""
@@ -151,21 +151,21 @@ def save_pretrained(model: "Qwen3ForCausalLM", tokenizer: "PreTrainedTokenizerFa
     (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def next_batch(progress: Progress, plan: Plan, encode: Vocabulary) -> tuple[Batch, int]:
+def _next_batch(progress: Progress, plan: _Plan, encode: Vocabulary) -> tuple[Batch, int]:
     """The batch of a step and the length of its bodies; both follow from the seed, the step and the lengths in use."""
     rng = random.Random(f"{plan.seed}/{progress.step}")
-    length = draw_length(rng, progress.lengths)
-    extra = questions_room(length)
+    length = _draw_length(rng, progress.lengths)
+    extra = _questions_room(length)
     rows = max(2, plan.tokens // (length + extra))
     return make_batch(rng, encode, length, extra, rows, chains_share(progress.seconds / plan.seconds)), length
 
 
-def run(
+def _train(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     encode: Vocabulary,
     progress: Progress,
-    plan: Plan,
+    plan: _Plan,
     checkpoint: Path,
 ) -> None:
     """Train until the time of the plan is used up, with a checkpoint every few minutes."""
@@ -175,13 +175,13 @@ def run(
         began = time.monotonic()
         done = progress.seconds / plan.seconds
         progress.lengths = max(progress.lengths, lengths_due(done))
-        batch, length = next_batch(progress, plan, encode)
-        loss, right = train_step(model, optimizer, batch, rate(done, progress.step, plan.peak))
+        batch, length = _next_batch(progress, plan, encode)
+        loss, right = _train_step(model, optimizer, batch, rate(done, progress.step, plan.peak))
         progress.update(right, length, time.monotonic() - began)
         bar.update(round(progress.seconds) - bar.n)
         shown = {"step": progress.step, "length": length, "loss": f"{loss:.4f}", "right": f"{progress.right:.3f}"}
         bar.set_postfix(shown, refresh=False)
-        if progress.seconds - saved > CHECKPOINT_SECONDS:
+        if progress.seconds - saved > _CHECKPOINT_SECONDS:
             save_checkpoint(checkpoint, model, optimizer, progress)
             saved = progress.seconds
 
@@ -202,8 +202,8 @@ def main(
     optimizer = make_optimizer(model)
     checkpoint = out / "checkpoint.pt"
     progress = load_checkpoint(checkpoint, model, optimizer)
-    plan = Plan(seconds=minutes * 60, seed=seed, peak=peak, tokens=tokens)
-    run(model, optimizer, tokenizer.get_vocab(), progress, plan, checkpoint)
+    plan = _Plan(seconds=minutes * 60, seed=seed, peak=peak, tokens=tokens)
+    _train(model, optimizer, tokenizer.get_vocab(), progress, plan, checkpoint)
     save_pretrained(model, tokenizer, out)
     checkpoint.unlink(missing_ok=True)
 

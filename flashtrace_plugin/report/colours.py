@@ -14,7 +14,7 @@ LEVELS = 40
 
 
 @dataclass(frozen=True)
-class Theme:
+class _Theme:
     """Colours of a page, light or dark.
 
     name:  as in the CSS property color-scheme
@@ -36,7 +36,7 @@ class Theme:
         return f"color-scheme:{self.name};" + "".join(f"--{name}:{colour};" for name, colour in named.items())
 
 
-LIGHT = Theme(
+LIGHT = _Theme(
     "light",
     "#14161a",
     ("#ffffff", "#ffe9c2", "#ffc069", "#f78a3a", "#e4602c"),
@@ -51,7 +51,7 @@ LIGHT = Theme(
         "rest": "#8b919c",
     },
 )
-DARK = Theme(
+DARK = _Theme(
     "dark",
     "#f6f7f9",
     ("#16181d", "#4a3417", "#774a0d", "#9f500c", "#bb4d1a"),
@@ -75,7 +75,7 @@ def level(value: float, maximum: float) -> int:
     return min(LEVELS, round(LEVELS * sqrt(value / maximum)))
 
 
-def palette(theme: Theme, *, root: bool = False) -> list[str]:
+def palette(theme: _Theme, *, root: bool = False) -> list[str]:
     """Colours of the steps 0 to LEVELS, proportional to the value, or with ``root`` to its square root."""
     steps = (k / LEVELS for k in range(LEVELS + 1))
     return [_blend(theme.stops, s if root else s * s) for s in steps]

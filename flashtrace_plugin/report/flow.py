@@ -17,23 +17,23 @@ _BINS = 240
 
 
 @dataclass(frozen=True)
-class Segment:
+class _Segment:
     """A stretch of text of one part; ``rest`` is generated text that is neither reasoning nor target."""
 
     part: str
     span: Span
 
 
-def segments(attribution: Attribution) -> list[Segment]:
+def segments(attribution: Attribution) -> list[_Segment]:
     """The text cut into its parts, in order and without gaps."""
-    named = [Segment("prompt", attribution.prompt), Segment("target", attribution.target)]
+    named = [_Segment("prompt", attribution.prompt), _Segment("target", attribution.target)]
     if attribution.reasoning is not None:
-        named.insert(1, Segment("reasoning", attribution.reasoning))
+        named.insert(1, _Segment("reasoning", attribution.reasoning))
     found, end = [], 0
     for segment in [*named, None]:
         start = len(attribution.tokens) if segment is None else segment.span.start
         if end < start:
-            found.append(Segment("rest", Span(end, start)))
+            found.append(_Segment("rest", Span(end, start)))
         if segment is not None:
             found.append(segment)
             end = segment.span.stop
@@ -41,7 +41,7 @@ def segments(attribution: Attribution) -> list[Segment]:
 
 
 @dataclass(frozen=True)
-class HopRow:
+class _HopRow:
     """One hop in numbers.
 
     shares:     part -> share of the hop's mass, 0 to 1; empty if the hop has no mass
@@ -56,10 +56,10 @@ class HopRow:
     reasoning: float
     carried: float
     score: float
-    strip: list[tuple[Segment, float, str]]
+    strip: list[tuple[_Segment, float, str]]
 
 
-def hop_rows(attribution: Attribution) -> list[HopRow]:
+def hop_rows(attribution: Attribution) -> list[_HopRow]:
     """A row for every hop that covers all positions; none for hops that had no reasoning to follow."""
     cut = segments(attribution)
     hops = [h for h in attribution.hop_scores if len(h) == len(attribution.tokens)]
@@ -68,13 +68,13 @@ def hop_rows(attribution: Attribution) -> list[HopRow]:
     brought = [c * float(h[attribution.prompt.slice].sum()) for c, h in zip(carried, hops, strict=False)]
     total = sum(brought) or 1.0
     return [
-        HopRow(k, _shares(cut, hop), rho[k], carried[k], brought[k] / total, _strip(cut, hop))
+        _HopRow(k, _shares(cut, hop), rho[k], carried[k], brought[k] / total, _strip(cut, hop))
         for k, hop in enumerate(hops)
         if k == 0 or attribution.reasoning is not None or hop.any()
     ]
 
 
-def _shares(cut: Sequence[Segment], hop: Tensor) -> dict[str, float]:
+def _shares(cut: Sequence[_Segment], hop: Tensor) -> dict[str, float]:
     whole = float(hop.sum())
     if whole <= 0:
         return {}
@@ -84,7 +84,7 @@ def _shares(cut: Sequence[Segment], hop: Tensor) -> dict[str, float]:
     return {part: m / whole for part, m in mass.items()}
 
 
-def _strip(cut: Sequence[Segment], hop: Tensor) -> list[tuple[Segment, float, str]]:
+def _strip(cut: Sequence[_Segment], hop: Tensor) -> list[tuple[_Segment, float, str]]:
     """Segments up to the target with their widths in percent, which sum to 100, and a path each.
 
     No part is so narrow that it cannot be seen: a stretch gets at least 8 % (2 % for what is neither prompt, reasoning

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 
-def render(attribution: Attribution, fragment: bool = False, *, evidence: Iterable[int] = ()) -> str:
+def as_html(attribution: Attribution, fragment: bool = False, *, evidence: Iterable[int] = ()) -> str:
     """The report of an attribution.
 
     fragment: a piece of HTML for a notebook's output instead of a whole page
@@ -57,7 +57,7 @@ def _context(attribution: Attribution, evidence: frozenset[int]) -> dict[str, An
         "strip_height": HEIGHT,
         "maps": maps,
         "settings": {name: _plain(value) for name, value in attribution.settings.items()},
-        "closure": closure_sentence(attribution),
+        "closure": _closure_sentence(attribution),
         "light": colours.LIGHT.variables(),
         "dark": colours.DARK.variables(),
         "steps": range(1, colours.LEVELS + 1),
@@ -65,7 +65,7 @@ def _context(attribution: Attribution, evidence: frozenset[int]) -> dict[str, An
     }
 
 
-def closure_sentence(attribution: Attribution) -> str:
+def _closure_sentence(attribution: Attribution) -> str:
     """What the closure error of an attribution means, in a sentence."""
     gap = attribution.closure_error
     if gap == 0:

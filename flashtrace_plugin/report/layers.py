@@ -9,7 +9,7 @@ from flashtrace_plugin.report.colours import level
 
 
 @dataclass(frozen=True)
-class LayerRow:
+class _LayerRow:
     """One layer of a hop: a colour step for each head, and the shares of residual stream and MLP, 0 to 1."""
 
     number: int
@@ -28,7 +28,7 @@ class LayerMap:
     """
 
     hop: int
-    rows: list[LayerRow]
+    rows: list[_LayerRow]
     maximum: float
     strongest: list[tuple[str, float]]
     bypass: bool
@@ -47,7 +47,7 @@ def _map(attribution: Attribution, k: int) -> LayerMap:
     maximum = float(heads.max())
     residual, mlp = attribution.residual_shares[k].tolist(), attribution.mlp_shares[k].tolist()
     rows = [
-        LayerRow(layer, [level(v, maximum) for v in values], residual[layer], mlp[layer])
+        _LayerRow(layer, [level(v, maximum) for v in values], residual[layer], mlp[layer])
         for layer, values in enumerate(heads.tolist())
     ]
     best = heads.flatten().argsort(descending=True)[:5].tolist()

@@ -27,7 +27,7 @@ _COLUMNS: tuple[tuple[str, Literal["left", "right"]], ...] = (
 )
 
 
-def show(
+def print_attribution(
     attribution: Attribution, *, top: int = 10, evidence: Mapping[int, str] | None = None, console: Console
 ) -> None:
     """Prints what was explained, the strongest tokens of the prompt, and where each hop's mass lies.
@@ -36,9 +36,9 @@ def show(
     evidence: positions of the prompt that are known to be the evidence, and what to call them
     """
     console.print(_headline(attribution), "\n", sep="")
-    console.print(top_table(attribution, top, evidence or {}, console.width))
+    console.print(_top_table(attribution, top, evidence or {}, console.width))
     console.print()
-    console.print(hop_table(attribution))
+    console.print(_hop_table(attribution))
 
 
 def _headline(attribution: Attribution) -> Text:
@@ -48,7 +48,7 @@ def _headline(attribution: Attribution) -> Text:
     return Text.assemble((attribution.method, "bold"), ": what led to ", (repr(target), "bold"), f"\n{facts}")
 
 
-def top_table(attribution: Attribution, count: int, evidence: Mapping[int, str], width: int = 80) -> Table:
+def _top_table(attribution: Attribution, count: int, evidence: Mapping[int, str], width: int = 80) -> Table:
     """The strongest tokens of the prompt, each between its neighbours, in a table of at most ``width`` columns."""
     table = Table(title="Top tokens of the prompt", title_justify="left", box=None, pad_edge=False)
     for name, justify in _COLUMNS:
@@ -70,7 +70,7 @@ def top_table(attribution: Attribution, count: int, evidence: Mapping[int, str],
     return table
 
 
-def hop_table(attribution: Attribution) -> Table:
+def _hop_table(attribution: Attribution) -> Table:
     """Share of each hop's mass on the parts of the text, and what the hop brings to the total."""
     table = Table(title="Where each hop's mass lies", title_justify="left", box=None, pad_edge=False)
     for name in ("hop", *PARTS, "weight", "of the total"):

@@ -13,14 +13,14 @@ from flashtrace_plugin.report.views import View
 if TYPE_CHECKING:
     from markupsafe import Markup
 
-TOP = 20
+_TOP = 20
 """Rows of the table."""
-CONTEXT = 4
+_CONTEXT = 4
 """Tokens on either side of a token in the table."""
 
 
 @dataclass(frozen=True)
-class ShadedToken:
+class _ShadedToken:
     """A token of the text.
 
     classes: its step on the colour scale in each view, and ``gold`` if it is known evidence
@@ -33,10 +33,10 @@ class ShadedToken:
     html: Markup
 
 
-def shaded(attribution: Attribution, views: Sequence[View], evidence: Set[int]) -> list[ShadedToken]:
+def shaded(attribution: Attribution, views: Sequence[View], evidence: Set[int]) -> list[_ShadedToken]:
     """Every token of the text with its shading in all views."""
     return [
-        ShadedToken(i, _classes(i, views, i in evidence), f"{i}: {_title(attribution, i)}", in_text(text))
+        _ShadedToken(i, _classes(i, views, i in evidence), f"{i}: {_title(attribution, i)}", in_text(text))
         for i, text in enumerate(attribution.tokens)
     ]
 
@@ -54,7 +54,7 @@ def _title(attribution: Attribution, position: int) -> str:
 
 
 @dataclass(frozen=True)
-class TopRow:
+class _TopRow:
     """One of the strongest tokens.
 
     before, after: the prompt around it
@@ -73,12 +73,12 @@ class TopRow:
     gold: bool
 
 
-def top_rows(attribution: Attribution, evidence: Set[int] = frozenset(), count: int = TOP) -> list[TopRow]:
+def top_rows(attribution: Attribution, evidence: Set[int] = frozenset(), count: int = _TOP) -> list[_TopRow]:
     """The strongest tokens of the prompt, best first, those without a score left out."""
     whole = float(attribution.scores.sum())
     best = [t for t in attribution.top(count) if t.score > 0]
     return [
-        TopRow(
+        _TopRow(
             t.position,
             in_table(t.token),
             *_around(attribution, t.position),
@@ -93,8 +93,8 @@ def top_rows(attribution: Attribution, evidence: Set[int] = frozenset(), count: 
 
 def _around(attribution: Attribution, position: int) -> tuple[str, str]:
     """The prompt before and after a token on one line; the space that a token begins with counts as before it."""
-    tokens, stop = attribution.tokens, min(position + 1 + CONTEXT, attribution.prompt.stop)
+    tokens, stop = attribution.tokens, min(position + 1 + _CONTEXT, attribution.prompt.stop)
     own = tokens[position]
     space = " " if own.startswith(" ") and own.strip() else ""
-    before, after = "".join(tokens[max(0, position - CONTEXT) : position]), "".join(tokens[position + 1 : stop])
+    before, after = "".join(tokens[max(0, position - _CONTEXT) : position]), "".join(tokens[position + 1 : stop])
     return one_line(before) + space, one_line(after)

@@ -24,13 +24,13 @@ BLOCK_BYTES = 4 << 20
 MIN_BLOCK_ROWS = 16
 """On long texts a block outgrows the cache rather than turn the matrix product into single rows."""
 
-ACCELERATOR_BLOCK_BYTES = 1 << 28
+_ACCELERATOR_BLOCK_BYTES = 1 << 28
 """Size of a block on an accelerator, where large launches matter more than cache."""
 
 
 def block_bytes(device: torch.device, on_cpu: int) -> int:
     """Bytes of one block of temporaries on this device."""
-    return on_cpu if device.type == "cpu" else ACCELERATOR_BLOCK_BYTES
+    return on_cpu if device.type == "cpu" else _ACCELERATOR_BLOCK_BYTES
 
 
 class Pattern(Protocol):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flashtrace_plugin.core.flow.pattern import block_bytes
 
-BLOCK_BYTES = 1 << 20
+_BLOCK_BYTES = 1 << 20
 """Size of one block of contributions on a CPU: it is written, reduced and dropped, so it should stay in cache."""
 
 
@@ -51,7 +51,7 @@ def _one_target(flow: Tensor, v: Tensor, W_O: Tensor, t: Tensor) -> Tensor:
     """flow: [H, N], t: [d] -> [H, N]"""
     heads, length = flow.shape
     group, width = heads // v.shape[0], len(t)
-    size = max(16, block_bytes(t.device, BLOCK_BYTES) // (4 * width))
+    size = max(16, block_bytes(t.device, _BLOCK_BYTES) // (4 * width))
     block = t.new_empty(min(size, length), width)
     along, below = W_O * _sign(t), -t.abs()
     out = torch.empty_like(flow)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flashtrace_plugin.core.batches import Batches
 
-Objective = Callable[[Tensor, int], Tensor]
+TailFunction = Callable[[Tensor, int], Tensor]
 """``g(tail, start)``: a number as a function of the vectors [N - start, d] from position ``start`` on, up to a
 constant; what stands before them is the sequence itself."""
 
@@ -35,7 +35,7 @@ def rademacher(*shape: int, generator: torch.Generator) -> Tensor:
 class HessianProducts:
     """Products of the Hessian of g at X[start:] with vectors."""
 
-    def __init__(self, g: Objective, X: Tensor, start: int) -> None:
+    def __init__(self, g: TailFunction, X: Tensor, start: int) -> None:
         with torch.enable_grad():
             self.tail = X[start:].detach().clone().requires_grad_()
             (self.gradient,) = torch.autograd.grad(g(self.tail, start), self.tail, create_graph=True)
@@ -57,7 +57,7 @@ class HessianProducts:
         return products if batched else products[None]
 
 
-def block_curvature(g: Objective, X: Tensor, probes: Tensor, *, batches: Batches) -> Tensor:
+def block_curvature(g: TailFunction, X: Tensor, probes: Tensor, *, batches: Batches) -> Tensor:
     """The block estimator: one product per token and probe (Eq. 3).
 
     X:       [N, d]
@@ -70,7 +70,7 @@ def block_curvature(g: Objective, X: Tensor, probes: Tensor, *, batches: Batches
     return torch.cat(parts)
 
 
-def _group_curvature(g: Objective, X: Tensor, probes: Tensor, start: int, batches: Batches) -> Tensor:
+def _group_curvature(g: TailFunction, X: Tensor, probes: Tensor, start: int, batches: Batches) -> Tensor:
     """S of neighbouring tokens start, start + 1, … ; probes: [m, tokens, d]; result: [tokens]"""
     products = HessianProducts(g, X, start)
     each, tokens, width = probes.shape
@@ -87,7 +87,7 @@ def _group_curvature(g: Objective, X: Tensor, probes: Tensor, start: int, batche
 
 
 def low_rank_curvature(
-    g: Objective, X: Tensor, omega: Tensor, probes: Tensor, *, start: int = 0, batches: Batches
+    g: TailFunction, X: Tensor, omega: Tensor, probes: Tensor, *, start: int = 0, batches: Batches
 ) -> Tensor:
     """The estimator on a randomised low-rank Hessian: 2 k products, however many tokens there are.
 
@@ -115,10 +115,10 @@ def low_rank_curvature(
     Y = apply(omega.reshape(k, -1).T)
     Q = torch.linalg.qr(Y).Q
     B = Q.T @ apply(Q)
-    return factored_curvature(Q.view(n, width, -1), (B + B.T) / 2, probes)
+    return _factored_curvature(Q.view(n, width, -1), (B + B.T) / 2, probes)
 
 
-def factored_curvature(Q: Tensor, B: Tensor, probes: Tensor) -> Tensor:
+def _factored_curvature(Q: Tensor, B: Tensor, probes: Tensor) -> Tensor:
     """S_i = 1/m sum_k | Q_i B Q_iᵀ r_k |_1. Q: [n, d, k]; B: [k, k]; probes: [m, n, d]; result: [n]"""
     total = Q.new_zeros(len(Q))
     for signs in probes:
@@ -127,7 +127,7 @@ def factored_curvature(Q: Tensor, B: Tensor, probes: Tensor) -> Tensor:
     return total / len(probes)
 
 
-def gradient_squared(g: Objective, X: Tensor) -> Tensor:
+def gradient_squared(g: TailFunction, X: Tensor) -> Tensor:
     """S_i = | (∂g/∂x_i)² |_1: the first-order stand-in for curvature (HETA-GS). X: [N, d]; result: [N]"""
     with torch.enable_grad():
         tail = X.detach().clone().requires_grad_()

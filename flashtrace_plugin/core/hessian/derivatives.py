@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashtrace_plugin.core.hessian.curvature import HessianProducts, Objective
+from flashtrace_plugin.core.hessian.curvature import HessianProducts, TailFunction
 
 SECOND_DERIVATIVE_TOLERANCE = 0.01
 """Largest relative difference to finite differences that rounding and truncation explain."""
 
-STEPS = (1e-1, 1e-2, 1e-3, 1e-4)
+_STEPS = (1e-1, 1e-2, 1e-3, 1e-4)
 """Step sizes relative to the typical entry: large ones truncate, small ones round, so the best one counts."""
 
 
-def second_derivative_gap(g: Objective, X: Tensor) -> float:
+def second_derivative_gap(g: TailFunction, X: Tensor) -> float:
     """|H v - (∇g(X + εv) - ∇g(X - εv)) / 2ε| / |H v| for one v of random signs; 0 without functions to distrust.
 
     In half precision differences drown in rounding, so nothing is checked there and the result is 0.
@@ -31,22 +31,22 @@ def second_derivative_gap(g: Objective, X: Tensor) -> float:
     v = torch.randint(0, 2, X.shape, generator=torch.Generator().manual_seed(0)).to(X) * 2 - 1
     product = HessianProducts(g, X, 0)(v[None])[0]
     size = X.square().mean().sqrt()
-    steps = [_difference(g, X, v, float(step * size)) for step in STEPS]
+    steps = [_difference(g, X, v, float(step * size)) for step in _STEPS]
     scale = max(float(product.norm()), min(float(d.norm()) for d in steps))
     return min(float((product - d).norm()) for d in steps) / scale if scale > 0 else 0.0
 
 
-def _difference(g: Objective, X: Tensor, v: Tensor, step: float) -> Tensor:
+def _difference(g: TailFunction, X: Tensor, v: Tensor, step: float) -> Tensor:
     return (_gradient(g, X + step * v) - _gradient(g, X - step * v)) / (2 * step)
 
 
-def _gradient(g: Objective, X: Tensor) -> Tensor:
+def _gradient(g: TailFunction, X: Tensor) -> Tensor:
     with torch.enable_grad():
         point = X.detach().clone().requires_grad_()
         return torch.autograd.grad(g(point, 0), point)[0]
 
 
-def _has_custom_functions(g: Objective, X: Tensor) -> bool:
+def _has_custom_functions(g: TailFunction, X: Tensor) -> bool:
     with torch.enable_grad():
         value = g(X.detach().clone().requires_grad_(), 0)
     return any(isinstance(node, torch.autograd.function.BackwardCFunction) for node in _graph(value.grad_fn))

@@ -36,7 +36,7 @@ def flow_mass(layers: Sequence[Layer], weights: Tensor) -> Tensor:
         flow = weighted_flow(layer.pattern, rho, len(rho))
         scaled = layer.attention_weights(rho)
         written = flow if scaled is rho else weighted_flow(layer.pattern, scaled, len(rho))
-        mass.append((written * value_norms(layer)).cpu())
+        mass.append((written * _value_norms(layer)).cpu())
         rho = (rho + flow.mean(0)) / 2
     return torch.stack(mass[::-1])
 
@@ -56,12 +56,12 @@ def per_head_mass(layers: Sequence[Layer], weights: Tensor) -> Tensor:
         device = layer.v.device
         start = layer.attention_weights(weights.float().to(device)).expand(1, heads, length)
         rows = torch.cat([start, rows.to(device)])
-        rows = (rows + stacked_flow(layer.pattern, rows)) / 2
-    norms = torch.stack([value_norms(layer).to(rows.device) for layer in layers])
+        rows = (rows + _stacked_flow(layer.pattern, rows)) / 2
+    norms = torch.stack([_value_norms(layer).to(rows.device) for layer in layers])
     return (rows * norms).cpu()
 
 
-def stacked_flow(pattern: Pattern, weights: Tensor) -> Tensor:
+def _stacked_flow(pattern: Pattern, weights: Tensor) -> Tensor:
     """Weighted column sums of the pattern for several weights, each by head: sum_i w^{s,h}_i A^h[i, j].
 
     weights, result: [S, H, N]   float32; all N positions are recorded
@@ -73,7 +73,7 @@ def stacked_flow(pattern: Pattern, weights: Tensor) -> Tensor:
     return flow
 
 
-def value_norms(layer: Layer) -> Tensor:
+def _value_norms(layer: Layer) -> Tensor:
     """|v^h_i W_O^h|_1 for the values that attention reads, post-norm gain folded in. result: [H, N], float32"""
     W_O = layer.output_map()
     group = layer.n_heads // layer.v.shape[0]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flashtrace_plugin.core.batches import Batches
 
-LogProbs = Callable[[Tensor, int], Tensor]
+_LogProbs = Callable[[Tensor, int], Tensor]
 """``log_probs(tails, start)``: log P(· | x_<=p) as a function of the vectors from position ``start`` on.
 
 tails:  [B, N - start, d]  what stands before them is the sequence itself
@@ -18,7 +18,7 @@ result: [B, r, V]          for the last r predicting positions, those that are n
 
 
 def information(
-    log_probs: LogProbs, X: Tensor, replacement: Tensor, weights: Tensor, *, length: int, batches: Batches
+    log_probs: _LogProbs, X: Tensor, replacement: Tensor, weights: Tensor, *, length: int, batches: Batches
 ) -> Tensor:
     """I_i = sum_p w_p KL( P_p || P_p with x_i masked ), in nats.
 
@@ -33,14 +33,14 @@ def information(
     log_p = log_probs(X[None], 0)[0]
 
     def divergences(part: slice) -> Tensor:
-        log_q = log_probs(masked_tails(X, part, replacement), part.start)
+        log_q = log_probs(_masked_tails(X, part, replacement), part.start)
         rows = log_q.shape[1]
         return kl(log_p[-rows:], log_q) @ weights[-rows:].to(log_q)
 
     return batches.run(divergences, length)
 
 
-def masked_tails(X: Tensor, part: slice, replacement: Tensor) -> Tensor:
+def _masked_tails(X: Tensor, part: slice, replacement: Tensor) -> Tensor:
     """Copies of X[part.start:], the b-th with token part.start + b replaced. result: [B, N - part.start, d]"""
     count = part.stop - part.start
     tails = X[part.start :].expand(count, -1, -1).clone()

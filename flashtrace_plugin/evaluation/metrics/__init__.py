@@ -5,12 +5,16 @@
 
 from flashtrace_plugin.evaluation.metrics.bootstrap import Estimate, bootstrap
 from flashtrace_plugin.evaluation.metrics.deletion import DeletionCurve, deletion_curve, mas, rise
+from flashtrace_plugin.evaluation.metrics.detection import auroc, recovery_ceiling
 from flashtrace_plugin.evaluation.metrics.evaluation import Evaluation, evaluate
 from flashtrace_plugin.evaluation.metrics.evidence import dsa, f1, recovery
 from flashtrace_plugin.evaluation.metrics.likelihood import log_likelihood
+from flashtrace_plugin.evaluation.metrics.paired import paired
 from flashtrace_plugin.evaluation.metrics.scores import Scores, ranking
 from flashtrace_plugin.evaluation.metrics.soft import SoftFaithfulness, soft_faithfulness
+from flashtrace_plugin.evaluation.metrics.specificity import specificity
 from flashtrace_plugin.evaluation.metrics.stability import robustness, sensitivity
+from flashtrace_plugin.evaluation.metrics.sufficiency import Sufficiency, sufficiency
 
 __all__ = [
     "DeletionCurve",
@@ -18,6 +22,8 @@ __all__ = [
     "Evaluation",
     "Scores",
     "SoftFaithfulness",
+    "Sufficiency",
+    "auroc",
     "bootstrap",
     "deletion_curve",
     "dsa",
@@ -25,10 +31,14 @@ __all__ = [
     "f1",
     "log_likelihood",
     "mas",
+    "paired",
     "ranking",
     "recovery",
+    "recovery_ceiling",
     "rise",
     "robustness",
     "sensitivity",
     "soft_faithfulness",
+    "specificity",
+    "sufficiency",
 ]

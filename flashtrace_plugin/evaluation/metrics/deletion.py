@@ -125,8 +125,8 @@ def deletion_curve(
     watched = watched_span(generation, prompt_length, len(ids))
     values = as_scores(scores, prompt_length, ids)
     token = replacement_token(lm, replacement)
-    groups = _groups(values, steps)
-    rows = _deletions(ids, groups, token)
+    groups = deletion_groups(values, steps)
+    rows = deletion_rows(ids, groups, token)
     found = log_likelihood(lm, rows, generation=watched, batch_size=batch_size)
     return DeletionCurve(found, groups, values, token)
 
@@ -179,14 +179,15 @@ def _default_replacement(model: object) -> int | None:
     return None
 
 
-def _groups(scores: Tensor, steps: int) -> tuple[tuple[int, ...], ...]:
+def deletion_groups(scores: Tensor, steps: int) -> tuple[tuple[int, ...], ...]:
+    """The positions deleted at each step, most important first, see :func:`deletion_curve`."""
     if steps < 1:
         raise InputError(f"steps must be at least 1, got {steps}; the paper's is 20")
     parts = ranking(scores).tensor_split(min(steps, len(scores)))
     return tuple(tuple(part.tolist()) for part in parts)
 
 
-def _deletions(ids: Tensor, groups: tuple[tuple[int, ...], ...], token: int) -> Tensor:
+def deletion_rows(ids: Tensor, groups: tuple[tuple[int, ...], ...], token: int) -> Tensor:
     """The sequence before any deletion and after each group. result: [steps+1, N]"""
     rows = ids.repeat(len(groups) + 1, 1)
     for step, group in enumerate(groups, start=1):

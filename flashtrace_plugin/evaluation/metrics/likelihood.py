@@ -12,7 +12,7 @@ from flashtrace_plugin.errors import InputError, SpanError
 from flashtrace_plugin.models.guard import check_ids, check_model, evaluating
 from flashtrace_plugin.spans import Span
 
-LOGIT_BYTES = 1 << 28
+_LOGIT_BYTES = 1 << 28
 """Size of a batch's float32 logits when the caller sets no batch size."""
 
 
@@ -22,11 +22,21 @@ def log_likelihood(model: object, input_ids: Tensor, *, generation: Span, batch_
     model:      a Hugging Face causal language model; run in evaluation mode without gradients, left as it was found
     input_ids:  [rows, N]   variants of one sequence
     generation: positions whose tokens are scored; at least one token precedes them
-    batch_size: rows per forward pass; by default as many as keep the logits under ``LOGIT_BYTES``
+    batch_size: rows per forward pass; by default as many as keep the logits under ``_LOGIT_BYTES``
     result:     [rows]      float64, on the CPU
 
     Logits are computed for the positions that predict the generation only, and their log-softmax is in float32
     whatever the model's dtype. Raises InputError for a result that is not finite.
+    """
+    return token_log_likelihood(model, input_ids, generation=generation, batch_size=batch_size).sum(-1)
+
+
+def token_log_likelihood(
+    model: object, input_ids: Tensor, *, generation: Span, batch_size: int | None = None
+) -> Tensor:
+    """The same for each token of the generation, so that parts of it can be watched in one run.
+
+    result: [rows, generation]   float64, on the CPU; arguments and errors as in :func:`log_likelihood`
     """
     lm = check_model(model)
     # Deletion puts the padding id in the place of tokens, the first included.
@@ -36,10 +46,11 @@ def log_likelihood(model: object, input_ids: Tensor, *, generation: Span, batch_
     size = _batch_size(lm, generation, batch_size)
     with evaluating(lm), torch.no_grad():
         found = torch.cat([_batch(lm, part, generation) for part in ids.split(size)])
-    bad = (~found.isfinite()).nonzero()[:, 0]
+    totals = found.sum(-1)
+    bad = (~totals.isfinite()).nonzero()[:, 0]
     if len(bad):
         raise InputError(
-            f"log P of the generation is {float(found[bad[0]])} for variant {int(bad[0])} of {len(found)}; "
+            f"log P of the generation is {float(totals[bad[0]])} for variant {int(bad[0])} of {len(found)}; "
             "run the model in float32 or bfloat16"
         )
     return found
@@ -70,16 +81,16 @@ def watched_span(generation: Span | None, prompt_length: int, length: int) -> Sp
 
 
 def _batch(model: PreTrainedModel, ids: Tensor, generation: Span) -> Tensor:
-    """log P for rows [b, N]. result: [b]"""
+    """log P for rows [b, N]. result: [b, G]"""
     logits = generation_logits(model, generation, input_ids=ids[:, : generation.stop - 1])
     rows = [_row(row, wanted) for row, wanted in zip(logits, ids[:, generation.slice], strict=True)]
     return torch.stack(rows)
 
 
 def _row(logits: Tensor, wanted: Tensor) -> Tensor:
-    """One row at a time, so that only one row's float32 copy exists. logits: [G, V]; wanted: [G]; result: []"""
+    """One row at a time, so that only one row's float32 copy exists. logits: [G, V]; wanted: [G]; result: [G]"""
     found = logits.float().log_softmax(-1).gather(-1, wanted.to(logits.device)[:, None])
-    return found.cpu().double().sum()
+    return found[:, 0].cpu().double()
 
 
 def _keeps_logits(model: PreTrainedModel) -> bool:
@@ -89,7 +100,7 @@ def _keeps_logits(model: PreTrainedModel) -> bool:
 def _batch_size(model: PreTrainedModel, generation: Span, wanted: int | None) -> int:
     if wanted is None:
         vocabulary = model.get_input_embeddings().weight.shape[0]
-        return max(1, LOGIT_BYTES // (4 * vocabulary * len(generation)))
+        return max(1, _LOGIT_BYTES // (4 * vocabulary * len(generation)))
     if wanted < 1:
         raise InputError(f"batch_size must be at least 1, got {wanted}")
     return wanted

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -106,12 +106,15 @@ class Gate:
     heads: Tensor
 
 
-def gate(kind: str | None, layers: list[Layer], target: WeightedTarget, n: int, spans: list[Window]) -> Gate:
-    """The gate over the first n positions; with windows normalised in each and averaged (Algorithm 1)."""
+def gate(kind: str | None, layers: Sequence[Layer], weights: Tensor, n: int, spans: list[Window]) -> Gate:
+    """The gate over the first n positions; with windows normalised in each and averaged (Algorithm 1).
+
+    weights: [recorded]  of the recorded positions, on those that predict the target
+    """
     if kind is None or kind == "uniform":
         return Gate(torch.full((n,), 1.0 if kind is None else 1 / n), torch.zeros(0, 0))
     read = flow_mass if kind == "flow" else per_head_mass
-    mass = read(layers, target.row_weights())[..., :n]
+    mass = read(layers, weights)[..., :n]
     M = mass.sum((0, 1))
     return Gate(window_mean(n, spans, lambda a, b: normalised(M[a:b])), normalised(mass.sum(-1)))
 

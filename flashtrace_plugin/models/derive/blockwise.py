@@ -25,12 +25,12 @@ from flashtrace_plugin.models.read.own_attention import inner_attn, shadowed
 
 NAME = "blockwise_eager"
 
-Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+_Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """The model's own attention of a block's q, k, v and mask. result: [1, rows, H, d]"""
 
 
 @dataclass(frozen=True)
-class Block:
+class _Block:
     """Consecutive queries with the keys that they read, and where both are in the layer's tensors.
 
     grad: in the output's gradient [1, N, H, d]
@@ -63,18 +63,18 @@ class Block:
         return self.q, self.k, self.k
 
 
-class Layer:
+class BlockedLayer:
     """One layer's attention, cut into blocks of queries.
 
     mask: [1, 1 or H, queries, keys] as eager kernels take it, or None for none
     """
 
-    def __init__(self, attend: Attend, q: Tensor, k: Tensor, mask: Tensor | None) -> None:
+    def __init__(self, attend: _Attend, q: Tensor, k: Tensor, mask: Tensor | None) -> None:
         self._attend, self.mask = attend, mask
         queries, self.length = q.shape[-2], k.shape[-2]
         size = max(MIN_BLOCK_ROWS, block_bytes(q.device, BLOCK_BYTES) // (4 * q.shape[1] * self.length))
         parts = [slice(a, min(a + size, queries)) for a in range(0, queries, size)]
-        self.blocks = [Block(rows, self._keys(rows)) for rows in parts]
+        self.blocks = [_Block(rows, self._keys(rows)) for rows in parts]
 
     def _keys(self, rows: slice) -> slice:
         """From the first key to the last that these queries may read; all of them if they may read none."""
@@ -85,14 +85,14 @@ class Layer:
         read = allowed.flatten(0, -2).any(0).nonzero()
         return slice(int(read[0]), int(read[-1]) + 1) if len(read) else slice(0, self.length)
 
-    def attend(self, block: Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, block: _Block, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The output of a block's queries, from its own parts of q, k and v. result: [1, rows, H, d]"""
         return self._attend(q, k, v, None if self.mask is None else self.mask[block.mask])
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, layer: Layer, *qkv: Tensor) -> Tensor:
+    def forward(ctx: Any, layer: BlockedLayer, *qkv: Tensor) -> Tensor:
         ctx.layer = layer
         ctx.save_for_backward(*qkv)
         return torch.cat([layer.attend(block, *_parts(qkv, block.qkv)) for block in layer.blocks], 1)
@@ -106,7 +106,7 @@ class _Gradient(torch.autograd.Function):
     """Gradients by q, k and v as a function of the output's gradient and q, k, v."""
 
     @staticmethod
-    def forward(ctx: Any, layer: Layer, grad: Tensor, *qkv: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, layer: BlockedLayer, grad: Tensor, *qkv: Tensor) -> tuple[Tensor, ...]:
         ctx.layer = layer
         ctx.save_for_backward(grad, *qkv)
         sums = _Sums(*qkv)
@@ -131,14 +131,14 @@ class _Gradient(torch.autograd.Function):
         return None, *sums.totals()
 
 
-Places = tuple[tuple[Any, ...], ...]
+_Places = tuple[tuple[Any, ...], ...]
 
 
-def _parts(tensors: tuple[Tensor, ...], places: Places) -> list[Tensor]:
+def _parts(tensors: tuple[Tensor, ...], places: _Places) -> list[Tensor]:
     return [tensor[place] for tensor, place in zip(tensors, places, strict=True)]
 
 
-def _leaves(tensors: tuple[Tensor, ...], places: Places) -> list[Tensor]:
+def _leaves(tensors: tuple[Tensor, ...], places: _Places) -> list[Tensor]:
     return [part.detach().requires_grad_() for part in _parts(tensors, places)]
 
 
@@ -149,7 +149,7 @@ class _Sums:
         self.dtypes = [x.dtype for x in like]
         self.sums = [torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in like]
 
-    def add(self, parts: tuple[Tensor, ...], places: Places) -> None:
+    def add(self, parts: tuple[Tensor, ...], places: _Places) -> None:
         for total, part, place in zip(self.sums, parts, places, strict=True):
             total[place] += part
 
@@ -165,7 +165,7 @@ def _kernel(
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         return kernel(module, "eager")(module, q, k, v, mask, *args, **options)[0]
 
-    return _Attention.apply(Layer(attend, q, k, mask), q, k, v), None
+    return _Attention.apply(BlockedLayer(attend, q, k, mask), q, k, v), None
 
 
 def _method(attn: Callable[..., Any]) -> Callable[..., Any]:
@@ -177,12 +177,12 @@ def _method(attn: Callable[..., Any]) -> Callable[..., Any]:
     def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Any:
         if mask is None:
             return attn(q, k, v)
-        return _Attention.apply(Layer(attend, q, k, mask), q, k, v).transpose(1, 2), None
+        return _Attention.apply(BlockedLayer(attend, q, k, mask), q, k, v).transpose(1, 2), None
 
     return run
 
 
-def register() -> str:
+def register_blockwise() -> str:
     """The name under which a model's configuration chooses this attention."""
     AttentionInterface.register(NAME, _kernel)
     AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
@@ -190,7 +190,7 @@ def register() -> str:
 
 
 @contextmanager
-def methods(model: PreTrainedModel) -> Iterator[None]:
+def blockwise_methods(model: PreTrainedModel) -> Iterator[None]:
     """While active, modules of ``model`` that have attention as a method of their own run it by blocks."""
     with ExitStack() as stack:
         if _reader(model) is inner_attn:

@@ -17,10 +17,10 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from flashtrace_plugin.errors import InputError, UnsupportedModelError
-from flashtrace_plugin.models.derive.blockwise import methods, register
+from flashtrace_plugin.models.derive.blockwise import blockwise_methods, register_blockwise
 from flashtrace_plugin.models.read.layouts import layout_for
 
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 """Largest difference of a log-probability with and without reuse; 0.5 for half precision."""
 
 
@@ -113,7 +113,7 @@ class Tails:
     def tolerance(self) -> float:
         """Largest difference of a log-probability that rounding explains; large logits are rounded more."""
         dtype = self.model.dtype
-        return max(TOLERANCE.get(dtype, 0.5), 4 * torch.finfo(dtype).eps * float(self.whole.abs().max()))
+        return max(_TOLERANCE.get(dtype, 0.5), 4 * torch.finfo(dtype).eps * float(self.whole.abs().max()))
 
     def gap(self) -> float:
         """Largest difference between the log-probabilities of the second half as they come now and those of the whole.
@@ -187,10 +187,10 @@ def twice_differentiable(model: PreTrainedModel, *, blockwise: bool = False) -> 
     trainable = [p for p in model.parameters() if p.requires_grad]
     try:
         for config in configs.values():
-            config._attn_implementation = register() if blockwise else "eager"
+            config._attn_implementation = register_blockwise() if blockwise else "eager"
         for parameter in trainable:
             parameter.requires_grad_(False)
-        with methods(model) if blockwise else nullcontext():
+        with blockwise_methods(model) if blockwise else nullcontext():
             yield
     finally:
         for key, config in configs.items():

@@ -23,7 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from flashtrace_plugin.errors import UnsupportedModelError
 
-PREFIX = "recorded_"
+_PREFIX = "recorded_"
 
 Note = Callable[[nn.Module, "AttentionCall"], None]
 _note: ContextVar[Note | None] = ContextVar("flashtrace_attention_note", default=None)
@@ -64,7 +64,7 @@ def _recorded(name: str) -> Callable[..., Any]:
 
 
 def _register(name: str) -> str:
-    recorded = PREFIX + name
+    recorded = _PREFIX + name
     AttentionInterface.register(recorded, _recorded(name))
     # The mask depends on the kernel's name, so the recorded name must build the same one.
     AttentionMaskInterface.register(recorded, ALL_MASK_ATTENTION_FUNCTIONS[name])
@@ -111,16 +111,16 @@ class MaskReader:
 
     def _mask(self, call: AttentionCall) -> tuple[Tensor | None, Tensor | None]:
         if call.mask is None:
-            return first_keys(call), None
+            return _first_keys(call), None
         for mask, parts in self._known:
             if mask is call.mask:
                 return parts
-        parts = first_keys(call), _mask_bias(call)
+        parts = _first_keys(call), _mask_bias(call)
         self._known.append((call.mask, parts))
         return parts
 
 
-def first_keys(call: AttentionCall) -> Tensor | None:
+def _first_keys(call: AttentionCall) -> Tensor | None:
     """First key that each query reads [N], or None for plain causal attention.
 
     Raises UnsupportedModelError if a query reads anything but an interval of keys that ends at itself.

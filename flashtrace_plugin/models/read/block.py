@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flashtrace_plugin.core.flow.hop import closure_tolerance
+from flashtrace_plugin.core.flow.closure import closure_tolerance
 from flashtrace_plugin.core.flow.layer import Layer
 from flashtrace_plugin.core.flow.pattern import QKPattern
 from flashtrace_plugin.errors import ClosureError, UnsupportedModelError

@@ -21,10 +21,10 @@ from flashtrace_plugin.models.read.attention import AttentionCall, MaskReader, r
 from flashtrace_plugin.models.read.block import BlockRecorder
 from flashtrace_plugin.models.read.layouts import Layout, layout_for
 
-CHECKED_TOKENS = 128
+_CHECKED_TOKENS = 128
 """The first run of a model compares its logits with and without recording on this many tokens."""
 
-LOGIT_TOLERANCE = 1e-5
+_LOGIT_TOLERANCE = 1e-5
 
 _verified: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -42,7 +42,7 @@ def capture(model: PreTrainedModel, input_ids: Tensor, rows: Tensor) -> list[Lay
     layout = layout_for(model.config)
     with torch.no_grad(), evaluating(model):
         if model not in _verified:
-            _verify_logits(model, input_ids[:, :CHECKED_TOKENS])
+            _verify_logits(model, input_ids[:, :_CHECKED_TOKENS])
         recorders, _ = _record(model, layout, input_ids, rows)
         return [recorder.layer() for recorder in recorders]
 
@@ -50,7 +50,7 @@ def capture(model: PreTrainedModel, input_ids: Tensor, rows: Tensor) -> list[Lay
 def _record(
     model: PreTrainedModel, layout: Layout, input_ids: Tensor, rows: Tensor
 ) -> tuple[list[BlockRecorder], Tensor]:
-    masks, family = MaskReader(), family_name(model)
+    masks, family = MaskReader(), _family_name(model)
     recorders = [
         BlockRecorder(block, layout, rows, f"{family}, layer {i}", masks)
         for i, block in enumerate(_blocks(model, layout))
@@ -75,7 +75,7 @@ def _record(
     return recorders, logits
 
 
-def family_name(model: PreTrainedModel) -> str:
+def _family_name(model: PreTrainedModel) -> str:
     """The family as the table of layouts spells it: the text model's ``model_type``."""
     return model.config.get_text_config().model_type
 
@@ -85,7 +85,7 @@ def _blocks(model: PreTrainedModel, layout: Layout) -> list[nn.Module]:
         blocks = model.get_submodule(layout.blocks)
     except AttributeError:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no {layout.blocks!r}, where family {family_name(model)!r} keeps its blocks. "
+            f"{type(model).__name__} has no {layout.blocks!r}, where family {_family_name(model)!r} keeps its blocks. "
             "If it is a multimodal model, register_layout(model.config.model_type, Layout(blocks=...)) says where "
             "its text blocks are"
         ) from None
@@ -110,9 +110,9 @@ def logit_gap(model: PreTrainedModel, input_ids: Tensor) -> float:
 def _verify_logits(model: PreTrainedModel, input_ids: Tensor) -> None:
     """Closure cannot see a recording that changes the computation, so the logits are compared once per model."""
     gap = logit_gap(model, input_ids)
-    if not gap <= LOGIT_TOLERANCE:
+    if not gap <= _LOGIT_TOLERANCE:
         raise ClosureError(
-            f"{family_name(model)}: {type(model).__name__} gives other logits while it is recorded (relative gap "
-            f"{gap:.1e}, bound {LOGIT_TOLERANCE:.0e}); load it with attn_implementation='eager' or 'sdpa'"
+            f"{_family_name(model)}: {type(model).__name__} gives other logits while it is recorded (relative gap "
+            f"{gap:.1e}, bound {_LOGIT_TOLERANCE:.0e}); load it with attn_implementation='eager' or 'sdpa'"
         )
     _verified.add(model)

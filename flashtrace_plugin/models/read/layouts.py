@@ -49,7 +49,7 @@ class Layout:
     reader: Reader | None = None
 
 
-Choice = Callable[[Any], Layout]
+_Choice = Callable[[Any], Layout]
 """A family whose blocks come in several layouts chooses by its configuration."""
 
 _LLAMA = Layout()
@@ -86,7 +86,7 @@ def _opt(config: Any) -> Layout:
     return Layout("model.decoder.layers", W_O="self_attn.out_proj", mid="final_layer_norm")
 
 
-_LAYOUTS: dict[str, Layout | Choice] = {
+_LAYOUTS: dict[str, Layout | _Choice] = {
     "apertus": replace(_LLAMA, mid="feedforward_layernorm"),
     "arcee": _LLAMA,
     "bloom": _BLOOM,
@@ -156,7 +156,7 @@ def supported_families() -> list[str]:
     return sorted(_LAYOUTS)
 
 
-def register_layout(model_type: str, layout: Layout | Choice) -> None:
+def register_layout(model_type: str, layout: Layout | _Choice) -> None:
     """Adds or replaces a family for this process.
 
     model_type: the model's ``config.model_type``

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from flashtrace_plugin.models.read.attention import AttentionCall, Note
 
-Method = Callable[..., Any]
+_Bound = Callable[..., Any]
 
 
 @contextmanager
@@ -40,7 +40,7 @@ def shadowed(
 def _seeing(module: nn.Module, method: str, see: Callable[..., None]) -> AbstractContextManager[None]:
     """Calls ``see(result, *args)`` after every call of one method of this one module."""
 
-    def change(bound: Method) -> Method:
+    def change(bound: _Bound) -> _Bound:
         def seen(*args: Any, **kwargs: Any) -> Any:
             result = bound(*args, **kwargs)
             see(result, *args)

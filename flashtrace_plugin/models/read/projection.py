@@ -58,7 +58,7 @@ def _probed(projection: nn.Module, width: int, like: Tensor, name: str) -> tuple
 
 def _check_affine(seen: Tensor, expected: Tensor, dtype: torch.dtype, name: str) -> None:
     gap = float((seen - expected).abs().max() / expected.abs().max())
-    bound = AFFINE_TOLERANCE.get(dtype, 5e-2)
+    bound = _AFFINE_TOLERANCE.get(dtype, 5e-2)
     if not gap <= bound:
         raise UnsupportedModelError(
             f"{name}, the output projection, is not an affine map (relative gap {gap:.1e}, bound {bound:.0e}), so "
@@ -71,5 +71,5 @@ def _kind(projection: nn.Module) -> str:
     return type(projection).__qualname__
 
 
-AFFINE_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2}
+_AFFINE_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2}
 """Gap to its own matrix that rounding explains, by dtype."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -34,8 +35,20 @@ class Source(Protocol):
         """What to note in the settings of a result: model, family, dtype, source."""
         ...
 
+    def configs(self) -> list[Any]:
+        """Configurations of the model that may name the tokens with which a text ends."""
+        ...
 
-class HuggingFaceSource:
+    def guarded(self) -> AbstractContextManager[None]:
+        """The model in evaluation mode while inside, and as it was found afterwards."""
+        ...
+
+    def runner(self) -> Any:
+        """The model as :mod:`flashtrace_plugin.models.derive.relevance` runs it."""
+        ...
+
+
+class _HuggingFaceSource:
     """Streaming capture on the untouched model; see :mod:`flashtrace_plugin.models.read.capture`."""
 
     tokenizer = None
@@ -63,6 +76,19 @@ class HuggingFaceSource:
             "source": "streaming",
         }
 
+    def configs(self) -> list[Any]:
+        return [self.model.config.get_text_config(), getattr(self.model, "generation_config", None)]
+
+    def guarded(self) -> AbstractContextManager[None]:
+        from flashtrace_plugin.models.guard import evaluating
+
+        return evaluating(self.model)
+
+    def runner(self) -> Any:
+        from flashtrace_plugin.models.derive.relevance import HuggingFace
+
+        return HuggingFace(self.model)
+
 
 def source_for(model: Any) -> Source:
     """The source that reads this model. Raises UnsupportedModelError if there is none."""
@@ -70,4 +96,4 @@ def source_for(model: Any) -> Source:
         adapter = _ADAPTERS.get(cls.__module__.partition(".")[0])
         if adapter is not None:
             return importlib.import_module(adapter).source(model)
-    return HuggingFaceSource(model)
+    return _HuggingFaceSource(model)

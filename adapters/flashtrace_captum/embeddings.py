@@ -1,4 +1,4 @@
-"""HETA as a method of Captum, also on embeddings, which is what NoiseTunnel and the metrics perturb."""
+"""Embeddings as inputs, for the method that differentiates by them: what NoiseTunnel and the metrics perturb."""
 
 from __future__ import annotations
 
@@ -10,38 +10,14 @@ import torch
 from captum.log import log_usage
 from torch import Tensor, nn
 
-import flashtrace_plugin
-from flashtrace_captum.base import Inputs, TokenAttribution, TokenScores, single
+from flashtrace_captum.base import Inputs, single
 from flashtrace_captum.errors import CaptumInputError
-from flashtrace_captum.methods import as_token_scores
+from flashtrace_captum.methods import MethodAttribution
 from flashtrace_captum.targets import Example, Target
-from flashtrace_plugin import Span
 
 
-class HETA(TokenAttribution):
-    r"""Hessian-Enhanced Token Attribution: attention flow times curvature and information of the log-probability.
-
-    Args:
-
-        forward_func (Module): a causal language model of transformers
-        tokenizer (optional): only for ``mask_token`` given as a text
-        **options: those of :class:`flashtrace_plugin.HETA` except ``hops``, for example ``curvature="low_rank"``
-
-    Examples::
-
-        >>> HETA(model).attribute(ids, target=slice(90, 94))
-        >>> embeddings = model.get_input_embeddings()(ids)
-        >>> NoiseTunnel(HETA(model)).attribute(embeddings, target=slice(90, 94), input_ids=ids).sum(-1)
-    """
-
-    def __init__(self, forward_func: Any, tokenizer: Any = None, **options: Any) -> None:
-        super().__init__(forward_func)
-        self.tokenizer, self.options = tokenizer, options
-        self._method(hops=0)  # refuses a model or an option now, not at the first call
-
-    @classmethod
-    def get_name(cls) -> str:
-        return "HETA"
+class TakesEmbeddings(MethodAttribution):
+    """A method whose ``attribute`` also takes embeddings."""
 
     @log_usage(part_of_slo=True)
     def attribute(
@@ -51,59 +27,49 @@ class HETA(TokenAttribution):
         additional_forward_args: Any = None,
         *,
         reasoning: Target = None,
-        hops: int = 0,
         input_ids: Tensor | None = None,
+        **options: Any,
     ) -> Inputs:
-        r"""As :meth:`TokenAttribution.attribute`, and on embeddings.
+        r"""As :meth:`flashtrace_captum.TokenAttribution.attribute`, and on embeddings.
 
         Args:
 
             inputs (Tensor or tuple[Tensor]): token ids (batch, length), or the embeddings (batch, length, d) that
                 the model's embedding module gives for them
-            hops (int): how often importance is followed through the reasoning. Default: 0
+            target (int, slice, list or Tensor, optional): token positions whose generation is explained.
+                Default: None, the last token
+            additional_forward_args (Tensor or tuple, optional): the attention mask (batch, length).
+                Default: None
+            reasoning (int, slice or list, optional): positions that importance is followed through.
+                Default: None
             input_ids (Tensor, optional): the token ids of embeddings, (batch, length), (1, length) for all of them,
                 or those of the examples before NoiseTunnel repeated each. Default: None
+            **options: what the method takes at a call
 
         Returns:
 
             *Tensor* or *tuple[Tensor]* of **attributions**: shaped like ``inputs``. A token's score stands in equal
             parts on the dimensions of its embedding, so ``.sum(-1)`` gives the scores of tokens.
+
+        Examples::
+
+            >>> embeddings = model.get_input_embeddings()(ids)
+            >>> NoiseTunnel(HETA(model)).attribute(embeddings, target=slice(90, 94), input_ids=ids).sum(-1)
         """
         values = single(inputs)
         if not values.is_floating_point():
             if input_ids is not None:
                 raise CaptumInputError("inputs are token ids already; input_ids only goes with embeddings")
-            return super().attribute(inputs, target, additional_forward_args, reasoning=reasoning, hops=hops)
+            return super().attribute(inputs, target, additional_forward_args, reasoning=reasoning, **options)
         ids = _ids_of(values, input_ids)
 
         def score(row: int, example: Example) -> Tensor:
-            given = values[row, example.kept.slice]
-            with _embedded(self.forward_func, ids[row, example.kept.slice], given):
-                return self.checked_scores(
-                    ids[row, example.kept.slice],
-                    prompt_length=example.prompt_length,
-                    target=example.target,
-                    reasoning=example.reasoning,
-                    hops=hops,
-                ).scores
+            with _embedded(self.forward_func, ids[row, example.kept.slice], values[row, example.kept.slice]):
+                return self.example_scores(ids[row], example, **options)
 
         scores = self._each(values, target, additional_forward_args, reasoning, score)
-        width = values.shape[-1]
-        spread = (single(scores) / width)[..., None].expand(*values.shape).clone()
+        spread = (single(scores) / values.shape[-1])[..., None].expand(*values.shape).clone()
         return (spread,) if isinstance(inputs, tuple) else spread
-
-    def token_scores(
-        self, input_ids: Tensor, *, prompt_length: int, target: Span, reasoning: Span | None = None, hops: int = 0
-    ) -> TokenScores:
-        """Scores of one sequence, see :meth:`TokenAttribution.token_scores`."""
-        return as_token_scores(
-            self._method(hops).attribute_ids(
-                input_ids, prompt_length=prompt_length, target=target, reasoning=reasoning
-            )
-        )
-
-    def _method(self, hops: int) -> flashtrace_plugin.HETA:
-        return flashtrace_plugin.HETA(self.forward_func, self.tokenizer, hops=hops, **self.options)
 
 
 def _ids_of(embeddings: Tensor, input_ids: Tensor | None) -> Tensor:

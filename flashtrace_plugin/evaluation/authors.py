@@ -1,4 +1,4 @@
-"""The authors' package (flashtrace 0.1.1), for parity tests and side-by-side timings.
+"""The authors' package (flashtrace 0.1.1), for parity tests and side-by-side timings; nothing else here needs it.
 
 Only its ``core.py`` is loaded, by path from the installed files: importing the package pulls in plotting and
 language-processing libraries that the computation does not use.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from functools import cache
-from importlib.metadata import distribution
+from importlib.metadata import PackageNotFoundError, distribution
 from types import ModuleType
 from typing import Any
 
@@ -18,12 +18,15 @@ from torch import Tensor
 
 
 @cache
-def authors_core() -> ModuleType:
+def _core() -> ModuleType:
     """Their ``flashtrace/core.py`` as a module."""
-    path = distribution("flashtrace").locate_file("flashtrace/core.py")
+    try:
+        path = distribution("flashtrace").locate_file("flashtrace/core.py")
+    except PackageNotFoundError as error:
+        raise ImportError("parity needs the authors' package: pip install --no-deps flashtrace==0.1.1") from error
     spec = importlib.util.spec_from_file_location("authors_flashtrace_core", str(path))
     if spec is None or spec.loader is None:
-        raise ImportError(f"{path} is not there; install flashtrace==0.1.1 with --no-deps")
+        raise ImportError(f"{path} cannot be loaded; pip install --no-deps flashtrace==0.1.1")
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -35,9 +38,12 @@ def authors_flashtrace(
 ) -> Any:
     """Their ``compute_multi_hop_ifr`` with attention recomputed per layer, forward pass included.
 
-    input_ids: [1, N]; spans half-open here, inclusive there.
+    input_ids:         [1, N]
+    target, reasoning: half-open here, inclusive there
+    chunk:             rows that they recompute attention for at a time
+    result:            theirs, with ``raw_attributions`` by hop and ``observation["sum"]`` [N]
     """
-    core = authors_core()
+    core = _core()
     meta = core.extract_model_metadata(model)
     cache, hooks = core.attach_hooks(meta.layers, model.dtype)
     try:

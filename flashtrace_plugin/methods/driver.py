@@ -1,0 +1,171 @@
+"""Drives a method: hop after hop from the target through the reasoning, with every answer of the method checked."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from math import inf
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashtrace_plugin.core.recursion import Hop, Recursion, Rows, recurse, solve
+from flashtrace_plugin.errors import InputError, MethodError, ReasoningWarning
+from flashtrace_plugin.methods.options import Hops
+from flashtrace_plugin.methods.task import Task
+
+Step = Callable[[Tensor], Hop]
+"""One hop of a method: weights [N] of positions -> :class:`~flashtrace_plugin.core.recursion.Hop`."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a run of a method found, as fields of an Attribution."""
+
+    scores: Tensor
+    hop_scores: Tensor
+    reasoning_mass: Tensor
+    head_scores: Tensor
+    residual_shares: Tensor
+    mlp_shares: Tensor
+    components: dict[str, Tensor]
+    closure_error: float
+    settings: dict[str, Any]
+
+
+def drive(name: str, begun: Step | Rows, task: Task, hops: Hops, *, renormalise: bool = False) -> Found:
+    """Runs the hops and puts together what they found.
+
+    name:        of the method, for errors
+    begun:       the method's step, or its matrix of rows
+    hops:        how many are asked for
+    renormalise: whether the prompt's scores are brought to sum 1 (Eq. 31)
+
+    Raises MethodError for a hop that no attribution can be made of.
+    """
+    if isinstance(begun, Rows):
+        begun = replace(begun, alpha=begun.alpha * task.kept)
+    step = begun.step if isinstance(begun, Rows) else begun
+    done: list[Hop] = []
+
+    def checked_step(weights: Tensor) -> Tensor:
+        hop = checked(name, step(weights), task, done)
+        done.append(_closed(hop, weights, task))
+        return hop.alpha * task.kept
+
+    follow = bool(task.through.any())
+    if hops and hops != "auto" and not follow:
+        _warn_without_reasoning(name, hops)
+    if hops == inf and follow:
+        found = _all_at_once(name, begun, task, checked_step)
+    else:
+        most = 0 if not follow else hops if isinstance(hops, int) else None
+        found = recurse(checked_step, task.initial, task.through, most, task.shift)
+    asked = hops if isinstance(hops, int) else len(found.hop_scores) - 1
+    followed = "all" if hops == inf and follow else len(done) - 1
+    return _assembled(found, done, task, asked, renormalise, {"hops_followed": followed, "mass_left": found.left})
+
+
+def _all_at_once(name: str, begun: Step | Rows, task: Task, step: Callable[[Tensor], Tensor]) -> Recursion:
+    """Every hop by one triangular solve; the target's own is also run as a step, for what else it tells."""
+    if not isinstance(begun, Rows):
+        raise InputError(
+            f"hops=inf needs a row of importance for every token, which {name!r} has not; use hops='auto', or "
+            "RecursiveAttribution"
+        )
+    step(task.initial)
+    return solve(begun, task.initial, task.through, task.shift)
+
+
+def _warn_without_reasoning(name: str, hops: Hops) -> None:
+    warnings.warn(
+        f"{name}: {'1 hop was' if hops == 1 else f'{hops} hops were'} asked for, but no reasoning was found before "
+        "the target, so the target is explained directly. Pass reasoning=... (a piece of the text or positions), "
+        "format=... for markers that are not in the table, or hops=0 if there is none",
+        ReasoningWarning,
+        stacklevel=5,
+    )
+
+
+def _closed(hop: Hop, weights: Tensor, task: Task) -> Hop:
+    """The hop with its closure error; layers that a method has read but not checked are checked here."""
+    if hop.closure_error is not None:
+        return hop
+    return replace(hop, closure_error=max((read.closure(weights) for read in task.recorded), default=0.0))
+
+
+def _assembled(
+    found: Recursion, hops: Sequence[Hop], task: Task, asked: int, renormalise: bool, facts: dict[str, Any]
+) -> Found:
+    """Fields of an Attribution; hops that had no mass to follow stay zero."""
+
+    def padded(values: Tensor) -> Tensor:
+        return torch.cat([values, values.new_zeros(asked + 1 - len(values), *values.shape[1:])])
+
+    def shares(field: str, rank: int) -> Tensor:
+        each = [getattr(hop, field) for hop in hops]
+        return padded(torch.zeros(len(each), *[0] * rank) if each[0] is None else torch.stack(each).float())
+
+    scores = found.scores[: task.prompt_length].clone()
+    total = scores.sum()
+    return Found(
+        scores=scores / total if renormalise and total > 0 else scores,
+        hop_scores=padded(found.hop_scores),
+        reasoning_mass=padded(found.reasoning_mass),
+        head_scores=shares("head_shares", 2),
+        residual_shares=shares("residual_shares", 1),
+        mlp_shares=shares("mlp_shares", 1),
+        components={name: value.float().cpu() for name, value in hops[0].components.items()},
+        closure_error=max(float(hop.closure_error or 0.0) for hop in hops),
+        settings=facts | {k: v for hop in hops for k, v in hop.facts.items()},
+    )
+
+
+def checked(name: str, hop: Any, task: Task, before: Sequence[Hop] = ()) -> Hop:
+    """The hop on the CPU in float32. Raises MethodError for one that no attribution can be made of."""
+    if not isinstance(hop, Hop):
+        raise MethodError(f"the method {name!r} returned {type(hop).__name__} from a step; it must return a Hop")
+    alpha = hop.alpha.detach().float().cpu() if isinstance(hop.alpha, Tensor) else hop.alpha
+    _check_alpha(name, alpha, task)
+    for part in ("head_shares", "residual_shares", "mlp_shares"):
+        first = getattr(before[0], part) if before else getattr(hop, part)
+        _check_shares(name, part, getattr(hop, part), first)
+    return replace(hop, alpha=alpha)
+
+
+def _check_alpha(name: str, alpha: Any, task: Task) -> None:
+    if not isinstance(alpha, Tensor) or alpha.shape != (task.length,):
+        shape = list(alpha.shape) if isinstance(alpha, Tensor) else type(alpha).__name__
+        raise MethodError(
+            f"the method {name!r} returned importance {shape} for {task.length} tokens; a hop's alpha must be a "
+            "tensor with one number for every position, prompt and generation"
+        )
+    bad = (~alpha.isfinite() | (alpha < 0)).nonzero()[:, 0]
+    if len(bad):
+        raise MethodError(
+            f"the method {name!r} returned {len(bad)} of {task.length} numbers that are negative or not finite, the "
+            f"first {float(alpha[bad[0]]):.3g} at position {int(bad[0])}; importance is mass: return magnitudes or "
+            "positive parts and keep signs in components. Half precision may overflow: use bfloat16 or float32"
+        )
+    late = alpha[task.target.stop :].nonzero()[:, 0]
+    if len(late):
+        raise MethodError(
+            f"the method {name!r} put mass on position {task.target.stop + int(late[0])}, after the target "
+            f"{task.target}; what comes later cannot have caused it. Was a matrix transposed?"
+        )
+
+
+def _check_shares(name: str, part: str, value: Tensor | None, first: Tensor | None) -> None:
+    rank = 2 if part == "head_shares" else 1
+    same = (value is None) == (first is None) and (value is None or value.shape == first.shape)  # type: ignore[union-attr]
+    if not same or (value is not None and value.dim() != rank):
+        seen = None if value is None else list(value.shape)
+        wanted = None if first is None else list(first.shape)
+        raise MethodError(
+            f"the method {name!r} returned {part} {seen} after {wanted} in the first hop; every hop must have them "
+            f"alike, with {'[L, H]' if rank == 2 else '[L]'} numbers, or none"
+        )
+    if value is not None and not bool(value.isfinite().all()):
+        raise MethodError(f"the method {name!r} returned {part} that are not finite; use bfloat16 or float32")

@@ -1,0 +1,117 @@
+"""What a method is given: one sequence with its spans, and the layers of the model on it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from flashtrace_plugin.core.flow.closure import closure, closure_tolerance
+from flashtrace_plugin.core.flow.hop import Shares, one_hop, row_hops
+from flashtrace_plugin.core.flow.layer import Layer
+from flashtrace_plugin.core.recursion import Hop
+from flashtrace_plugin.errors import ClosureError
+from flashtrace_plugin.models.read.source import Source
+from flashtrace_plugin.spans import Span
+
+
+@dataclass(frozen=True)
+class Task:
+    """One sequence with its spans, checked.
+
+    source:    reads the model
+    input_ids: [1, N]    on the model's device
+    kept:      [N] bool  tokens that may have a score
+    chosen:    [N] bool  target tokens to explain
+    through:   [N] bool  tokens that mass is followed through
+    shift:     1 where the position to its left stands for a token, else 0
+    contexts:  closed when the call ends; for what a method holds open from its start to its last hop
+    """
+
+    source: Source
+    input_ids: Tensor
+    prompt_length: int
+    target: Span
+    reasoning: Span | None
+    kept: Tensor
+    chosen: Tensor
+    through: Tensor
+    shift: int
+    contexts: ExitStack = field(default_factory=ExitStack)
+    recorded: list[Recorded] = field(default_factory=list)
+
+    @property
+    def length(self) -> int:
+        """Number of tokens, N."""
+        return self.input_ids.shape[1]
+
+    @cached_property
+    def initial(self) -> Tensor:
+        """Weights of hop 0: 1 where a target token stands. result: [N]"""
+        return torch.zeros(self.length).index_fill(0, self.target_rows, 1.0)
+
+    @property
+    def target_rows(self) -> Tensor:
+        """Positions that stand for the chosen target tokens, [m]."""
+        return self.chosen.nonzero()[:, 0] - self.shift
+
+    @property
+    def rows(self) -> Tensor:
+        """Positions that may carry weight in any hop, [r], increasing."""
+        return (self.chosen | self.through).nonzero()[:, 0] - self.shift
+
+    def record(self, rows: Tensor | None = None) -> Recorded:
+        """Layers of the sequence up to the last row; what comes after cannot matter, so it is not run.
+
+        rows: [r]  positions to read, increasing; by default those that may carry weight
+        """
+        rows = self.rows if rows is None else rows
+        layers = self.source.layers(self.input_ids[:, : int(rows[-1]) + 1], rows)
+        found = Recorded(layers, rows, self.length, self.source.describe().get("family", "this model"))
+        self.recorded.append(found)
+        return found
+
+    def record_all(self) -> Recorded:
+        """Layers with every position up to the last that may carry weight."""
+        return self.record(torch.arange(int(self.rows[-1]) + 1))
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Layers of one sequence, with the positions [r] that may carry weight; the family is named in errors."""
+
+    layers: Sequence[Layer]
+    rows: Tensor
+    length: int
+    family: str
+
+    def hop(self, weights: Tensor) -> Hop:
+        """One hop of FlashTrace from weights [N] over all positions."""
+        found = one_hop(self.layers, weights[self.rows], self.length)
+        self._check(found.closure_error, found.worst_layer)
+        return found.mixed(torch.ones(1))
+
+    def each(self, positions: Tensor) -> Shares:
+        """One hop from every given position [B] by itself."""
+        found = row_hops(self.layers, torch.searchsorted(self.rows, positions), self.length)
+        self._check(found.closure_error, found.worst_layer)
+        return found
+
+    def closure(self, weights: Tensor) -> float:
+        """How well the layers add up on the rows weighted by ``weights`` [N]. Raises ClosureError above the bound."""
+        error, worst = closure(self.layers, weights[self.rows])
+        self._check(error, worst)
+        return error
+
+    def _check(self, error: float, worst: int) -> None:
+        bound = closure_tolerance(self.layers[0].resid_mid.dtype)
+        if not error <= bound:
+            raise ClosureError(
+                f"{self.family}, layer {worst}: attention's parts do not add up to the residual stream "
+                f"(relative gap {error:.1e}, bound {bound:.0e}). The block is not what its family's "
+                "layout says, so any attribution of it would be wrong"
+            )
