@@ -2,7 +2,8 @@
 
 ``FlashTrace(model).attribute(ids, target=slice(a, b), reasoning=slice(c, d))`` for token ids, and
 ``LLMTraceAttribution(FlashTrace(model), tokenizer).attribute(inp)`` for Captum's text inputs. A method
-that is registered later is here as well: ``flashtrace_captum.Rollout(model)``.
+that is registered later is here as well: ``flashtrace_captum.Rollout(model)``. ``recursive(Saliency(model))`` follows
+what a method of Captum finds through the reasoning.
 """
 
 from typing import Any
@@ -22,6 +23,7 @@ from flashtrace_captum.classes import class_named
 from flashtrace_captum.errors import CaptumInputError, TargetError, TemplateError
 from flashtrace_captum.inputs import TokenIdsInput
 from flashtrace_captum.llm import LLMTraceAttribution
+from flashtrace_captum.recursion import RecursiveTokens, recursive
 from flashtrace_captum.result import LLMTraceAttributionResult
 
 __all__ = [
@@ -33,11 +35,13 @@ __all__ = [
     "LLMTraceAttribution",
     "LLMTraceAttributionResult",
     "RecursiveAttribution",
+    "RecursiveTokens",
     "TargetError",
     "TemplateError",
     "TokenAttribution",
     "TokenIdsInput",
     "TokenScores",
+    "recursive",
 ]
 
 

@@ -8,6 +8,9 @@
     out.show(hop=1)                            # where the mass is after one hop through the reasoning
     flashtrace_inseq.attributions(out)         # all numbers, as flashtrace_plugin.Attribution
 
+    model.attribute(prompt, prompt + generation, method="recursive", base="saliency")   # recursion for any method
+    flashtrace_inseq.recursive(stored, model.tokenizer, hops="auto")                    # and for a stored result
+
 Importing the package registers the methods; Inseq has no other way to find them. A method that is registered later, by
 ``flashtrace_plugin.register_method``, is there from then on. ``inseq.explain(name)`` prints what a method takes.
 """
@@ -22,6 +25,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 from flashtrace_inseq.outputs import FlashTraceSequenceOutput, attributions, portable
+from flashtrace_inseq.recursion import recursive
 from flashtrace_inseq.registration import CLASSES, register, warn_if_taken
 
 # Defining an aggregator registers it, so its name is looked at first; those of methods are as their classes are made.
@@ -44,4 +48,5 @@ __all__ = [
     "RecursiveTokenAttribution",
     "attributions",
     "portable",
+    "recursive",
 ]

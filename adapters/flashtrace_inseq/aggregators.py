@@ -1,12 +1,14 @@
-"""Choosing one part of the scores: ``out.aggregate("hops", hop=1)``, ``out.show(part="total")``."""
+"""Choosing one part of the scores, ``out.aggregate("hops", hop=1)``, and recursion: ``out.aggregate("recursive")``."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from inseq.data.aggregator import SequenceAttributionAggregator
+from inseq.data.aggregator import Aggregator, SequenceAttributionAggregator
+from inseq.data.attribution import FeatureAttributionSequenceOutput
 
 from flashtrace_inseq.outputs import TOTAL, FlashTraceSequenceOutput
+from flashtrace_inseq.recursion import recursive_sequence
 from flashtrace_plugin.errors import InputError
 
 
@@ -52,6 +54,26 @@ class HopAggregator(PartAggregator):
     ) -> FlashTraceSequenceOutput:
         """The sequence with scores [rows, columns] of one hop. Raises InputError for a hop it has not."""
         return super().aggregate(attr, part=part if hop is None else f"hop {hop}", **kwargs)
+
+
+class RecursiveAggregator(Aggregator):
+    """Turns the scores of single tokens into those of a target, through the reasoning that the target rests on.
+
+    Args:
+        hops (:obj:`int` or :obj:`str`, `optional`): How many; ``"auto"``; or infinity, all at once. Default: "auto".
+        target, reasoning: Positions of the sequence, or pieces of the generation where there is a tokenizer. Those
+            that are left out are found in the text, which also needs the tokenizer.
+        tokenizer (`optional`): The model's tokenizer. Default: None.
+        prompt_length (:obj:`int`, `optional`): Default: where attribution began, ``attr_pos_start``.
+        recursion, mass, ignore, format: As for :func:`flashtrace_plugin.Recursive`.
+    """
+
+    aggregator_name = "recursive"
+
+    @classmethod
+    def _aggregate(cls, attr: FeatureAttributionSequenceOutput, **options: Any) -> FlashTraceSequenceOutput:
+        """One column for the target. Raises InputError for scores that cannot be followed."""
+        return recursive_sequence(attr, **options)
 
 
 def _index(attr: FlashTraceSequenceOutput, part: str) -> int:

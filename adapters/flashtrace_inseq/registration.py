@@ -15,13 +15,15 @@ from inseq.utils.id_utils import INSEQ_ID_MAP
 
 from flashtrace_inseq.heta import TokenByToken
 from flashtrace_inseq.methods import PluginAttribution
+from flashtrace_inseq.recursion import WithBase
 from flashtrace_plugin.methods.base import Method
 from flashtrace_plugin.methods.heta import HETA
+from flashtrace_plugin.methods.recursive import RecursiveAttribution
 from flashtrace_plugin.methods.registry import METHODS
 
-_AGGREGATORS = ("hops", "parts")
+_AGGREGATORS = ("hops", "parts", "recursive")
 
-_SPECIAL: Mapping[type[Method], type[PluginAttribution]] = {HETA: TokenByToken}
+_SPECIAL: Mapping[type[Method], type[PluginAttribution]] = {HETA: TokenByToken, RecursiveAttribution: WithBase}
 """Methods that do otherwise in Inseq than the rest, with what their classes are made of."""
 
 CLASSES: dict[str, type[PluginAttribution]] = {}
@@ -35,7 +37,8 @@ def register() -> None:
     """
     METHODS.subscribe(_adapt)
     known = Aggregator.available_classes()
-    INSEQ_ID_MAP.update({name: known[name] for name in _AGGREGATORS})
+    # A name of both kinds is explained as the method, which tells of the aggregator.
+    INSEQ_ID_MAP.update({name: known[name] for name in _AGGREGATORS if name not in CLASSES})
 
 
 def _adapt(core: type[Method]) -> None:

@@ -10,7 +10,8 @@ and keys as well).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -51,8 +52,14 @@ class LRPOptions(Options):
     reading: str = option(
         "embeddings",
         "relevance at the token embeddings; summed over the residual stream that enters every layer; or the product "
-        "of the first and the second's positive part: what matters at the start and all the way",
+        "of the first's square root and, layer by layer, the mean of the second's magnitude and positive part",
         choices=("embeddings", "layers", "product"),
+    )
+    context: str = option(
+        "target",
+        "what importance is that for: the target alone, or times that for the whole generation up to its end, which "
+        "costs one more backward pass where the two differ",
+        choices=("target", "generation"),
     )
     memory_budget: int = option(
         MEMORY_BUDGET,
@@ -87,10 +94,11 @@ class LRP(Method):
     def start(self, task: Task) -> Step:
         """One forward pass, linearised; a hop is one backward pass."""
         foils = self._foils(task)
+        weighted = (task.rows, _generation(task)) if self.options.context == "generation" else (task.rows,)
         opened = linearised(
             self.source.runner(),
             task.input_ids,
-            task.rows - 1,
+            torch.cat(weighted).unique() - 1,
             rule=cast(Any, self.options.rule),
             memory_budget=self.options.memory_budget,
         )
@@ -125,40 +133,58 @@ class _Run:
 
     def __init__(self, options: LRPOptions, task: Task, model: Linearised, foils: Tensor | None) -> None:
         self.options, self.task, self.model, self.foils = options, task, model, foils
-        self.begun = False
+        self.layers = options.reading != "embeddings"
 
     def step(self, weights: Tensor) -> Hop:
         """One hop. weights: [N], on tokens; reasoning is contrasted with nothing, so hops explain its logits."""
-        first, self.begun = not self.begun, True
-        layers = self.options.reading != "embeddings"
-        contrast = first and self.foils is not None
-        chosen = weights * (self.foils >= 0) if contrast and self.foils is not None else weights
-        objective = "logit" if self.foils is not None and not first else self.options.objective
-        foils = self.foils if contrast else None
-        found = self.model.relevance(chosen, objective=cast(Any, objective), foils=foils, layers=layers)
-        return replace(self._hop(found), facts=_facts(found) if first else {})
-
-    def _hop(self, found: Relevance) -> Hop:
-        mass = self._read(found).float().cpu()
+        first = torch.equal(weights, self.task.initial)
+        found = self._target() if first else self._relevance(weights)
+        mass = self._importance(found) if self.options.context == "target" else self._importance(found) * self._context
         total = mass.sum()
         return Hop(
             alpha=mass / total if total > 0 else mass,
             closure_error=max(self.model.logit_gap, found.gap),
             components={"relevance": found.tokens}
             | ({} if found.layers is None else {"layer_relevance": found.layers.sum(0)}),
+            facts=_facts(found) if first else {},
         )
 
-    def _read(self, found: Relevance) -> Tensor:
-        """Importance by reading and mass, up to its scale. result: [N]"""
+    def _target(self) -> Relevance:
+        """Relevance for the target, of which a contrast explains the token where the two differ."""
+        if self.foils is None:
+            return self._relevance(self.task.initial)
+        contrasted = self.task.initial * (self.foils >= 0)
+        return self.model.relevance(contrasted, objective="contrast", foils=self.foils, layers=self.layers)
 
-        def part(relevance: Tensor) -> Tensor:
-            return relevance.abs() if self.options.mass == "absolute" else relevance.clamp(min=0)
+    def _relevance(self, weights: Tensor) -> Relevance:
+        objective = cast(Any, "logit" if self.foils is not None else self.options.objective)
+        return self.model.relevance(weights, objective=objective, layers=self.layers)
 
+    @cached_property
+    def _context(self) -> Tensor:
+        """Importance for the whole generation up to the target's end, sum 1. result: [N]"""
+        weights = torch.zeros(self.task.length).index_fill(0, _generation(self.task), 1.0)
+        mass = self._importance(self._relevance(weights * self.task.kept))
+        return mass / mass.sum()
+
+    def _importance(self, found: Relevance) -> Tensor:
+        """Importance by reading and mass, up to its scale, float32 on the CPU. result: [N]"""
+        tokens = _mass(found.tokens, self.options.mass)
         if found.layers is None:
-            return part(found.tokens)
+            return tokens
         if self.options.reading == "layers":
-            return part(found.layers).sum(0)
-        return part(found.tokens) * found.layers.clamp(min=0).sum(0)
+            return _mass(found.layers, self.options.mass).sum(0)
+        # Magnitudes at the embeddings of a deep model are the noisiest of all, so they count by their square root.
+        return tokens.sqrt() * (_mass(found.layers, "absolute") + _mass(found.layers, "positive")).sum(0)
+
+
+def _generation(task: Task) -> Tensor:
+    """Positions of what was written up to the target's end."""
+    return torch.arange(task.prompt_length, task.target.stop)
+
+
+def _mass(relevance: Tensor, mass: str) -> Tensor:
+    return (relevance.abs() if mass == "absolute" else relevance.clamp(min=0)).float().cpu()
 
 
 def _facts(found: Relevance) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from typing import Any, Union
@@ -35,7 +36,13 @@ class RecursiveAttribution(Method):
 
 
 def Recursive(
-    base: Any, tokenizer: Any = None, *, hops: Hops = "auto", recursion: str = "reasoning", mass: str = "absolute"
+    base: Any,
+    tokenizer: Any = None,
+    *,
+    hops: Hops = "auto",
+    recursion: str = "reasoning",
+    mass: str = "absolute",
+    **driving: Any,
 ) -> Method:
     """The recursive form of a base: importance on the reasoning is passed on to what the reasoning rests on.
 
@@ -46,21 +53,75 @@ def Recursive(
     hops:      how many; "auto"; or infinity, all at once by a triangular solve, which needs a matrix
     recursion: "reasoning", "generation" or "prompt", as for FlashTrace
     mass:      of a matrix: importance is the "absolute" value of a score, or its "positive" part
+    driving:   ``ignore`` and ``format``, as for FlashTrace
 
     result: a method: ``Recursive(matrix).attribute_ids(ids, prompt_length=…, target=…, reasoning=…)``
 
     Raises InputError for a matrix that is not lower triangular, and when it is asked about tokens whose row is empty.
     """
     if isinstance(base, Method):
-        return _with_hops(base, hops, recursion)
-    return _Matrix(base, tokenizer, mass, hops=hops, recursion=recursion)
+        return _with_hops(base, hops=hops, recursion=recursion, **driving)
+    return _Matrix(base, tokenizer, mass, hops=hops, recursion=recursion, **driving)
 
 
-def _with_hops(base: Method, hops: Hops, recursion: str) -> Method:
+class RecursiveRows(Method):
+    """Recursion over rows of importance that something else computes token by token, such as another library.
+
+    rows:  ``rows(input_ids [N], positions [r])`` gives [r, N], what the tokens at these positions rest on; it is asked
+           only for those that the recursion needs
+    mass:  as for :func:`Recursive`
+    noted: further settings for the record
+
+    Raises InputError for rows of another shape, and for scores that are not finite.
+    """
+
+    name = "recursive"
+    drives = driven(hops="auto", recursion="reasoning", ignore=())
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        rows: Callable[[Tensor, Tensor], Tensor],
+        *,
+        mass: str = "absolute",
+        noted: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(model, tokenizer, **options)
+        self.rows, self.mass, self.noted = rows, one_of("mass", mass, ("absolute", "positive")), dict(noted or {})
+
+    def settings(self) -> dict[str, Any]:
+        """The options and what else is to be noted."""
+        return super().settings() | {"mass": self.mass} | self.noted
+
+    def start(self, task: Task) -> Rows:
+        """Every row once, then hops over the matrix."""
+        found = self.rows(task.input_ids[0], task.rows).detach().float().cpu()
+        if found.shape != (len(task.rows), task.length):
+            raise InputError(
+                f"the base gave scores {list(found.shape)} for {len(task.rows)} rows over {task.length} tokens; it "
+                "must give one number for each pair"
+            )
+        _check_finite(found, task)
+        matrix = torch.zeros(task.length, task.length).index_copy(0, task.rows, found)
+        return _Matrix(matrix, None, self.mass).start(task)
+
+
+def _check_finite(rows: Tensor, task: Task) -> None:
+    bad = (~rows.isfinite()).any(1).nonzero()[:, 0]
+    if len(bad):
+        raise InputError(
+            f"the base's scores of token {int(task.rows[bad[0]])} are not finite; half precision may overflow: use "
+            "bfloat16 or float32"
+        )
+
+
+def _with_hops(base: Method, **driving: Any) -> Method:
     """The same method, driven with hops even if it declares none."""
     method = copy(base)
     taken = {name: getattr(base.driving, name) for name in base.drives}
-    method.drives = taken | {"hops": hops, "recursion": recursion}  # type: ignore[misc]
+    method.drives = taken | driving  # type: ignore[misc]
     method.driving = Driving(**method.drives)
     return method
 
@@ -140,7 +201,7 @@ def _lower_triangular(matrix: Tensor) -> Tensor:
         row, column = (int(i) for i in late[0])
         token = row + matrix.shape[1] - matrix.shape[0]
         raise InputError(
-            f"the matrix is not lower triangular: row {row}, of token {token}, scores position {column} behind it. Rows "
-            "are the tokens explained, columns what they rest on; was it transposed?"
+            f"the matrix is not lower triangular: row {row}, of token {token}, scores position {column} behind it. "
+            "Rows are the tokens explained, columns what they rest on; was it transposed?"
         )
     return matrix

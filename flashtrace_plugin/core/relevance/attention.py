@@ -32,7 +32,7 @@ _ROWS = 256
 
 
 @dataclass(frozen=True)
-class MaskedPattern:
+class _MaskedPattern:
     """A pattern under any mask at all, in double precision if q is: the slower twin of QKPattern.
 
     q, k:      [H, rows, d_k], [H_kv, N, d_k]
@@ -72,7 +72,7 @@ class MaskedPattern:
 
 
 @dataclass(frozen=True)
-class Reading:
+class _Reading:
     """A mask read as one interval of keys per query, ``first_key[i]..i``, and what is added to the scores."""
 
     first_key: Tensor | None
@@ -83,9 +83,9 @@ class Reading:
 class Masks:
     """Reads each mask once: one serves every layer of its kind, and N x N comparisons cost as much as attention."""
 
-    _known: dict[Any, tuple[Tensor, Reading | None]] = field(default_factory=dict)
+    _known: dict[Any, tuple[Tensor, _Reading | None]] = field(default_factory=dict)
 
-    def read(self, mask: Tensor) -> Reading | None:
+    def read(self, mask: Tensor) -> _Reading | None:
         """The reading of a mask [H or 1, N, N], or None where it is no interval that ends at its query."""
         key = (mask.data_ptr(), mask.shape, mask.stride())
         if key not in self._known:
@@ -93,14 +93,14 @@ class Masks:
         return self._known[key][1]
 
 
-def _read(mask: Tensor) -> Reading | None:
+def _read(mask: Tensor) -> _Reading | None:
     if mask.shape[-2] != mask.shape[-1]:
         return None
     starts = [_starts(mask, start) for start in range(0, mask.shape[-1], _ROWS)]
     if any(start is None for start in starts):
         return None
     first = torch.cat([start for start in starts if start is not None])
-    return Reading(None if bool((first == 0).all()) else first, _bias(mask))
+    return _Reading(None if bool((first == 0).all()) else first, _bias(mask))
 
 
 def _starts(mask: Tensor, begin: int) -> Tensor | None:
@@ -192,11 +192,11 @@ def _flow(pattern: Pattern, weights: Tensor, length: int) -> Tensor:
 def _pattern(q: Tensor, k: Tensor, mask: Tensor | None, options: dict[str, Any], masks: Masks) -> Pattern:
     scaling = options.get("scale") or q.shape[-1] ** -0.5
     causal = bool(options.get("is_causal"))
-    reading = Reading(None, None) if causal and mask is None else None
+    reading = _Reading(None, None) if causal and mask is None else None
     if mask is not None and not causal:
         reading = masks.read(mask)
     if reading is None or q.dtype == torch.float64:
-        return MaskedPattern(q, k, scaling, mask, causal)
+        return _MaskedPattern(q, k, scaling, mask, causal)
     positions = torch.arange(q.shape[1], device=q.device)
     return QKPattern(positions, q, k, scaling, first_key=reading.first_key, bias=reading.bias)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-PROBE = 1e-8
+_PROBE = 1e-8
 """Where phi(u) / u is read for its limit at 0."""
 
 
@@ -50,8 +50,8 @@ def frozen(
 
 def _quotient(phi: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
     def ratio(u: Tensor, y: Tensor) -> Tensor:
-        probe = torch.full((1,), PROBE, dtype=torch.float64, device=u.device)
-        return (y / u).nan_to_num_(nan=float(phi(probe).flatten()[0]) / PROBE)
+        probe = torch.full((1,), _PROBE, dtype=torch.float64, device=u.device)
+        return (y / u).nan_to_num_(nan=float(phi(probe).flatten()[0]) / _PROBE)
 
     return ratio
 
@@ -119,35 +119,35 @@ def product(a: Tensor, b: Tensor) -> Tensor:
         made = getattr(gate, "frozen_from", None)
         if made is not None and made[0] is not other and made[0].shape == other.shape:
             return GatedProduct.apply(made[0], other, gate.detach(), made[1])
-    if derived(b, a):
+    if _derived(b, a):
         return a * b.detach()
-    if derived(a, b):
+    if _derived(a, b):
         return a.detach() * b
     return Product.apply(a, b)
 
 
-ELEMENTWISE = {"MulBackward0", "AddBackward0", "SubBackward0", "RsubBackward1", "DivBackward0", "NegBackward0"} | {
+_ELEMENTWISE = {"MulBackward0", "AddBackward0", "SubBackward0", "RsubBackward1", "DivBackward0", "NegBackward0"} | {
     "ToCopyBackward0",
     "FrozenBackward",
 }
-LINEAR = ELEMENTWISE - {"AddBackward0", "SubBackward0", "FrozenBackward"}
-STEPS = 24
+_LINEAR = _ELEMENTWISE - {"AddBackward0", "SubBackward0", "FrozenBackward"}
+_STEPS = 24
 """How many elementwise steps an activation written out in Python may have."""
 
-Edge = tuple[Any, int]
+_Edge = tuple[Any, int]
 
 
-def derived(b: Tensor, a: Tensor) -> bool:
+def _derived(b: Tensor, a: Tensor) -> bool:
     """Whether b was computed elementwise from what a is a multiple of."""
-    multiples = set(_edges(a, LINEAR))
-    return any(edge in multiples for edge in _edges(b, ELEMENTWISE))
+    multiples = set(_edges(a, _LINEAR))
+    return any(edge in multiples for edge in _edges(b, _ELEMENTWISE))
 
 
-def _edges(x: Tensor, through: set[str]) -> list[Edge]:
+def _edges(x: Tensor, through: set[str]) -> list[_Edge]:
     """What x was computed from, as edges of the graph, going through the named steps only."""
-    found: list[Edge] = []
-    todo: list[Edge] = [(x.grad_fn, x.output_nr)]
-    while todo and len(found) < STEPS:
+    found: list[_Edge] = []
+    todo: list[_Edge] = [(x.grad_fn, x.output_nr)]
+    while todo and len(found) < _STEPS:
         node, number = todo.pop()
         found.append((node, number))
         if node is not None and node.name() in through:

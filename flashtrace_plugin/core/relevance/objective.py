@@ -21,7 +21,7 @@ _ROWS = 64
 """Rows of the vocabulary's size that are in memory at a time."""
 
 
-Seeds = Callable[[slice], Tensor]
+_Seeds = Callable[[slice], Tensor]
 """Gives the rows ``part`` of a seed [r, V], so that the whole need not be in memory."""
 
 
@@ -87,7 +87,7 @@ class Head:
             weights = weights * _factor(logits, (_wide(self.hidden[rows].detach()) * W).sum(-1) + bias)
         return Pull(weights[:, None] * W, value, float((weights * bias).sum()))
 
-    def dense(self, rows: Tensor, seed: Seeds) -> Pull:
+    def dense(self, rows: Tensor, seed: _Seeds) -> Pull:
         """Any seed. rows: [r]; seed: gives the rows ``part`` of it, [len(part), V]"""
         parts = [slice(i, min(i + _ROWS, len(rows))) for i in range(0, len(rows), _ROWS)]
         pulls = [self._dense(rows[part], seed(part)) for part in parts]

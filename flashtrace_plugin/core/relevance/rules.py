@@ -40,7 +40,7 @@ AttentionRule = Literal["cp", "attn"]
 
 
 @dataclass
-class Constants:
+class _Constants:
     """What the constants of the linearised model contribute to the objective: sum of gradient times constant.
 
     terms:  one number per added constant that the backward pass met, float32 or double
@@ -93,7 +93,7 @@ class Rules(TorchFunctionMode):
 
     def __init__(self, rule: AttentionRule, table: Tensor | None = None, head: Tensor | None = None) -> None:
         super().__init__()
-        self.rule, self.masks, self.constants = rule, Masks(), Constants()
+        self.rule, self.masks, self.constants = rule, Masks(), _Constants()
         self.table = None if table is None else table.data_ptr()
         self.head = None if head is None else (head.data_ptr(), head.shape)
         self.positions: list[Tensor] = []
@@ -134,9 +134,9 @@ class Rules(TorchFunctionMode):
     def _custom(self, value: Tensor, node: Any) -> Tensor:
         """What an autograd function gave, which no mode can see at work; an activation gets its rule afterwards."""
         name = node.name().removesuffix("Backward")
-        if name in CUSTOM_ACTIVATIONS:
+        if name in _CUSTOM_ACTIVATIONS:
             return frozen(node.saved_tensors[0], lambda _: value.detach(), lambda u, y: (y / u).nan_to_num_(nan=0.5))
-        if name not in OWN:
+        if name not in _OWN:
             self.custom.add(name)
         return value
 
@@ -157,7 +157,7 @@ _UNTOUCHED = {
 """Functions that are about the parameter itself, not about its value."""
 
 
-CUSTOM_ACTIVATIONS = {"GeLUFunction"}
+_CUSTOM_ACTIVATIONS = {"GeLUFunction"}
 """Activations that a model computes in an autograd function of its own, saving its input alone (BLOOM)."""
 
-OWN = {cls.__name__ for cls in (Frozen, Scaled, Product, GatedProduct, FrozenLayerNorm, FrozenPattern)}
+_OWN = {cls.__name__ for cls in (Frozen, Scaled, Product, GatedProduct, FrozenLayerNorm, FrozenPattern)}

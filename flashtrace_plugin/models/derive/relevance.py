@@ -32,10 +32,10 @@ from flashtrace_plugin.models.derive.runner import Runner
 from flashtrace_plugin.models.derive.sweep import Sweep
 from flashtrace_plugin.models.guard import evaluating
 
-CHECKED_TOKENS = 128
+_CHECKED_TOKENS = 128
 """The logits of so many first tokens are compared with those of the untouched model, in every call."""
 
-TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4}
+_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4}
 """Largest gap that rounding explains, relative; half precision: 0.05."""
 
 MEMORY_BUDGET = 2 << 30
@@ -77,7 +77,7 @@ class Linearised:
         self.length, self._stop = ids.shape[1], ids.shape[1] if runner.whole else int(rows[-1]) + 1
         self.rules = Rules(rule, runner.table, runner.head)
         self.sweep = Sweep(runner.blocks, self.rules, memory_budget)
-        self._forward(self._stop if runner.whole else min(self._stop, CHECKED_TOKENS))
+        self._forward(self._stop if runner.whole else min(self._stop, _CHECKED_TOKENS))
 
     def _forward(self, checked: int) -> None:
         ids = self.ids[:, : self._stop]
@@ -88,6 +88,11 @@ class Linearised:
             entering = self.embeddings.clone()
             with self.rules:
                 logits = self.runner.logits(entering, keep)
+        if not bool(torch.isfinite(logits).all()):
+            raise InputError(
+                f"the logits of {self.runner.name} are not finite in {logits.dtype}; check the weights, or load the "
+                "model in bfloat16 or float32"
+            )
         self._at = torch.searchsorted(keep, self.rows)
         self.head = self._head(logits, len(keep))
         self.logit_gap = self._logit_gap(ids[:, :checked], keep)
@@ -221,7 +226,7 @@ class Linearised:
 
     def _gap(self, value: float, tokens: Tensor, positions: float, biases: float) -> float:
         if self.rule == "attn":
-            return conservation(self.runner, self.ids[:, : min(self._stop, CHECKED_TOKENS)])
+            return conservation(self.runner, self.ids[:, : min(self._stop, _CHECKED_TOKENS)])
         scale = max(abs(value), float(tokens.abs().sum()) + abs(positions) + abs(biases), 1e-30)
         gap = abs(value - float(tokens.sum()) - positions - biases) / scale
         own = f" (it has autograd functions of its own: {', '.join(sorted(self.rules.custom))})" * bool(
@@ -292,7 +297,7 @@ def _same(call: HeadCall, logits: Tensor) -> bool:
 
 
 def _check(gap: float, dtype: torch.dtype, what: str) -> None:
-    bound = TOLERANCE.get(dtype, 0.05)
+    bound = _TOLERANCE.get(dtype, 0.05)
     if not gap <= bound:
         raise ClosureError(
             f"{what}: relative gap {gap:.1e}, bound {bound:.0e}. The model computes something that no rule is known "

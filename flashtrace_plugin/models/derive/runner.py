@@ -46,8 +46,9 @@ class HuggingFace:
     """A causal language model of transformers as a :class:`Runner`."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.model, self.name = model, type(model).__name__
-        self.blocks = _blocks(model)
+        self.model: Any = model
+        self.name = type(model).__name__
+        self.blocks: Sequence[nn.Module] = _blocks(model)
         self.table = model.get_input_embeddings().weight
         head = model.get_output_embeddings()
         self.head = head.weight if type(head) is nn.Linear else None

@@ -68,12 +68,12 @@ class Sweep:
         with ExitStack() as stack:
             for block in self.blocks:
                 stack.callback(block.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
-                stack.callback(block.register_forward_hook(self._leave, with_kwargs=True, prepend=True).remove)
+                stack.callback(block.register_forward_hook(self._leave, prepend=True).remove)
             yield
 
-    def _enter(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if threading.get_ident() != self._thread:
-            return None
+    def _enter(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
+        if threading.get_ident() != self._thread or kwargs is None:
+            return None  # another thread may see this hook half removed, then without the keyword arguments
         with torch._C.DisableTorchFunction():
             entry = args[0] if args else kwargs["hidden_states"]
             x = entry.detach().requires_grad_()
@@ -86,7 +86,7 @@ class Sweep:
     def _keeps(self, block: nn.Module) -> bool:
         return self.kept + self._sizes.get(_kind(block), 0) < self.budget
 
-    def _leave(self, block: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    def _leave(self, block: nn.Module, args: Any, output: Any) -> Any:
         if threading.get_ident() != self._thread:
             return None
         with torch._C.DisableTorchFunction():
@@ -106,7 +106,7 @@ class Sweep:
     def _size(self, block: nn.Module, y: Tensor) -> int:
         kind = _kind(block)
         if kind not in self._sizes:
-            self._sizes[kind] = graph_bytes(y, {p.untyped_storage().data_ptr() for p in block.parameters()})
+            self._sizes[kind] = saved_bytes(y, {p.untyped_storage().data_ptr() for p in block.parameters()})
         return self._sizes[kind]
 
     def backward(
@@ -175,7 +175,7 @@ def _kind(block: nn.Module) -> Any:
     return type(block), sum(p.numel() for p in block.parameters())
 
 
-def graph_bytes(y: Tensor, known: set[int]) -> int:
+def saved_bytes(y: Tensor, known: set[int]) -> int:
     """Bytes that the graph of ``y`` keeps for its backward pass, less the storages in ``known`` (parameters)."""
     sizes: dict[int, int] = {}
     seen, todo = set(), [y.grad_fn]
