@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from flashtrace_plugin.methods.heta import HETA
     from flashtrace_plugin.methods.ifr import IFR
     from flashtrace_plugin.methods.lrp import LRP
+    from flashtrace_plugin.methods.recommended import Recommended, explain
     from flashtrace_plugin.methods.recursive import Recursive, RecursiveAttribution
 
 __version__ = "0.1.0"
@@ -37,8 +38,10 @@ _LAZY = {
     "IFR": "flashtrace_plugin.methods.ifr",
     "LRP": "flashtrace_plugin.methods.lrp",
     "Method": "flashtrace_plugin.methods.base",
+    "Recommended": "flashtrace_plugin.methods.recommended",
     "Recursive": "flashtrace_plugin.methods.recursive",
     "RecursiveAttribution": "flashtrace_plugin.methods.recursive",
+    "explain": "flashtrace_plugin.methods.recommended",
 }
 
 __all__ = [
@@ -53,11 +56,13 @@ __all__ = [
     "Method",
     "MethodError",
     "ReasoningWarning",
+    "Recommended",
     "Recursive",
     "RecursiveAttribution",
     "Span",
     "SpanError",
     "UnsupportedModelError",
+    "explain",
     "register_method",
 ]
 

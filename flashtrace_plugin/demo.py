@@ -29,7 +29,7 @@ from flashtrace_plugin import reasoner
 model = inseq.load_model(str(reasoner.path()), "flashtrace")
 out = model.attribute(prompt, hops={HOPS}, positions="predicting")
 """
-"""What :func:`explain` does, printed for the reader."""
+"""What :func:`explained` does, printed for the reader."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -42,14 +42,14 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     sample = tasks.make("variable_tracking", given.seed, hops=HOPS, chains=3, length=LENGTH)
     console = Console(highlight=False, markup=False)
-    attribution = explain(sample)
+    attribution = explained(sample)
     console.print(_CALL, style="dim")
     tell(sample, attribution, console)
     _write_report(sample, attribution, given.html)
     console.print(f"\nReport: {given.html.absolute().as_uri()}", soft_wrap=True)
 
 
-def explain(sample: Sample) -> Attribution:
+def explained(sample: Sample) -> Attribution:
     """Lets the reasoner answer and explains the answer, both through Inseq."""
     import flashtrace_inseq  # first, because it says what to install where Inseq is missing
 

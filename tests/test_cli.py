@@ -62,6 +62,8 @@ def test_attribute_gives_the_numbers_of_the_python_api(folder, loaded, tmp_path)
         *TEXTS,
         "--hops",
         2,
+        "--method",
+        "flashtrace",
         "--positions",
         "predicting",
         "--json",
@@ -86,7 +88,7 @@ def test_other_methods_and_their_options(folder, loaded, tmp_path):
     saved = tmp_path / "a.json"
     assert call("attribute", "--model", folder, *TEXTS, "--method", "ifr", "--json", saved).exit_code == 0
     assert torch.equal(Attribution.load(saved).scores, IFR(*loaded).attribute(PROMPT, GENERATION).scores)
-    options = ["-o", 'ignore=["."]', "--option", "recursion=generation"]
+    options = ["--method", "flashtrace", "-o", 'ignore=["."]', "--option", "recursion=generation"]
     assert call("attribute", "--model", folder, *TEXTS, *options, "--json", saved).exit_code == 0
     expected = FlashTrace(*loaded, ignore=["."], recursion="generation").attribute(PROMPT, GENERATION)
     assert torch.equal(Attribution.load(saved).scores, expected.scores)
@@ -187,8 +189,11 @@ def test_the_module_is_the_command_line():
         ([*TEXTS, "--method", "magic"], "--method must be one of"),
         ([*TEXTS, "--method", "ifr", "--hops", "2"], "'ifr' has no option hops"),
         ([*TEXTS, "-o", "hops"], "not of the form NAME=VALUE"),
-        ([*TEXTS, "-o", "speed=1"], "'flashtrace' has no option speed; it takes hops, recursion"),
-        ([*TEXTS, "--positions", "left"], "positions must be one of"),
+        (
+            [*TEXTS, "--method", "flashtrace", "-o", "speed=1"],
+            "'flashtrace' has no option speed; it takes hops, recursion",
+        ),
+        ([*TEXTS, "--method", "flashtrace", "--positions", "left"], "positions must be one of"),
         ([*TEXTS, "--dtype", "int3"], "--dtype must be one of"),
         ([*TEXTS, "--device", "abacus"], "available here: "),
         ([*TEXTS, "--target", "attic"], "occurs 0 times"),

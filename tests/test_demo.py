@@ -20,7 +20,7 @@ def sample():
 
 @pytest.fixture(scope="module")
 def attribution(sample):
-    return demo.explain(sample)
+    return demo.explained(sample)
 
 
 def test_the_model_reasons_and_answers_right(sample, attribution):

@@ -54,6 +54,14 @@ class _BridgeSource:
             "logits_checked": is_verified(self.bridge),
         }
 
+    def runner(self, input_ids: Tensor) -> Any:
+        """The bridge itself, hooks included, once its logits are known to be its Hugging Face model's."""
+        from flashtrace_lens.relevance import BridgeRunner
+
+        checked_bridge(self.bridge)
+        verify(self.bridge, input_ids)
+        return BridgeRunner(self.bridge)
+
     def configs(self) -> list[Any]:
         wrapped = self.bridge.original_model
         return [wrapped.config.get_text_config(), getattr(wrapped, "generation_config", None)]
@@ -90,6 +98,11 @@ class _CacheSource(_BridgeSource):
     def layers(self, input_ids: Tensor, rows: Tensor) -> list[Layer]:
         verify(self.bridge, input_ids)
         return [self._layer(block, rows) for block in self.blocks]
+
+    def runner(self, input_ids: Tensor) -> Any:
+        raise UnsupportedModelError(
+            "an ActivationCache holds what the model computed and cannot be differentiated; pass the bridge itself"
+        )
 
     def _layer(self, block: BridgeBlock, rows: Tensor) -> Layer:
         parts = {part: block.pick(part, self._activation(block, part), rows) for part in block.hooks}

@@ -94,7 +94,7 @@ def attribute(
     ] = None,
     method: Annotated[
         str, typer.Option(help="Name of a method; 'flashtrace-plugin methods' lists them.", **_METHOD)
-    ] = "flashtrace",
+    ] = "recommended",
     option: Annotated[
         list[str] | None,
         typer.Option(

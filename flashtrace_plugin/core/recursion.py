@@ -52,7 +52,7 @@ class Recursion:
 ENOUGH = 1e-3
 """Hops chosen by themselves stop when less importance than this share would be followed further."""
 
-MOST_HOPS = 64
+_MOST_HOPS = 64
 """Hops chosen by themselves stop here in any case; where each keeps 90 %, a thousandth is left."""
 
 
@@ -73,7 +73,7 @@ def recurse(
 
     Without mass on ``through`` there is nothing to follow: the remaining of a given number of hops stay zero.
     """
-    most, enough = (MOST_HOPS, ENOUGH) if hops is None else (hops, 0.0)
+    most, enough = (_MOST_HOPS, ENOUGH) if hops is None else (hops, 0.0)
     alphas, rhos, carried = [step(initial)], [], 1.0
     scores = torch.zeros_like(alphas[0])
     while True:
@@ -135,7 +135,7 @@ def solve(rows: Rows, initial: Tensor, through: Tensor, shift: int = 0) -> Recur
         x = w R_T ( I - R_TT )^-1        total mass that ever stands on the reasoning T
         scores = w R + x R
 
-    with w the target's weights, R the normalised rows and R_TT those of T on T, lower triangular, so one solve does it.
+    with w the target's weights, R the normalised rows and R_TT those of T on T, which is lower triangular.
 
     result: two hops, the target's own and all further ones together, weighted like any others. What a token keeps
     to itself for ever (a row with all its mass on its own token) leads nowhere and is left out.

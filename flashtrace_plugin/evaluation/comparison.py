@@ -68,7 +68,13 @@ def scorer(method: Any) -> Scorer:
 
 
 def measure(
-    model: Any, case: Case, scores: Tensor, *, ends: Tensor | None = None, batch_size: int | None = None
+    model: Any,
+    case: Case,
+    scores: Tensor,
+    *,
+    ends: Tensor | None = None,
+    steps: int = DELETIONS,
+    batch_size: int | None = None,
 ) -> dict[str, float]:
     """All metrics of one explanation by their name in ``METRICS``; specificity only where there is other evidence.
 
@@ -82,7 +88,7 @@ def measure(
     """
     values = as_scores(scores, case.prompt_length)
     known = ends_of(model, case, batch_size=batch_size) if ends is None else ends
-    return _against_evidence(case, values) | _against_model(model, case, values, known, batch_size)
+    return _against_evidence(case, values) | _against_model(model, case, values, known, steps, batch_size)
 
 
 def ends_of(model: Any, case: Case, *, batch_size: int | None = None) -> Tensor:
@@ -103,9 +109,11 @@ def _against_evidence(case: Case, scores: Tensor) -> dict[str, float]:
     return found
 
 
-def _against_model(model: Any, case: Case, scores: Tensor, ends: Tensor, batch_size: int | None) -> dict[str, float]:
+def _against_model(
+    model: Any, case: Case, scores: Tensor, ends: Tensor, steps: int, batch_size: int | None
+) -> dict[str, float]:
     """Deletion and insertion, watched on the whole generation and on the answer alone in the same forward passes."""
-    token, groups = replacement_token(model), deletion_groups(scores, DELETIONS)
+    token, groups = replacement_token(model), deletion_groups(scores, steps)
     deleted = deletion_rows(case.input_ids, groups, token)[1:-1]  # the ends are known
     kept = top_positions(scores, kept_counts(KEPT, case.prompt_length))
     inserted = insertion_rows(case.input_ids, case.prompt_length, kept, token)
@@ -131,6 +139,7 @@ def run(
     scorers: Mapping[str, Scorer],
     *,
     out: Path,
+    steps: int = DELETIONS,
     batch_size: int | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
@@ -140,6 +149,7 @@ def run(
     scorers:    methods by name
     out:        file of the lines; what it holds already is not computed again, and a last line that was cut off is
                 dropped
+    steps:      groups of deletion; 20 in the papers
     batch_size: rows per forward pass
     result:     one row for each line of the file
 
@@ -153,17 +163,17 @@ def run(
         missing = [name for name in scorers if (case.name, name) not in finished]
         ends = ends_of(model, case, batch_size=batch_size) if missing else None
         for name in missing:
-            _append(out, _line(model, case, name, scorers[name], ends, batch_size))
-    return _read(out)
+            _append(out, _line(model, case, name, scorers[name], ends, steps, batch_size))
+    return read_results(out)
 
 
 def _line(
-    model: Any, case: Case, name: str, score: Scorer, ends: Tensor | None, batch_size: int | None
+    model: Any, case: Case, name: str, score: Scorer, ends: Tensor | None, steps: int, batch_size: int | None
 ) -> dict[str, Any]:
     begin = time.perf_counter()
     scores = score(case)
     scored = time.perf_counter()
-    found = measure(model, case, scores, ends=ends, batch_size=batch_size)
+    found = measure(model, case, scores, ends=ends, steps=steps, batch_size=batch_size)
     return {
         "model": str(model.config.name_or_path),
         **{column: getattr(case, column) for column in SAMPLE},
@@ -180,7 +190,7 @@ def _line(
     }
 
 
-def _read(out: Path) -> pd.DataFrame:
+def read_results(out: Path) -> pd.DataFrame:
     """The lines of a file that :func:`run` wrote, a metric that was not defined for a case as nan."""
     try:
         import pandas

@@ -32,7 +32,7 @@ _REFERENCE = "FlashTrace, token, 1 hop"
 _COLUMNS = ("recovery", "AUROC", "RISE", "MAS", "RISE of the answer", "MAS of the answer")
 
 
-def contestants(model: Any) -> dict[str, Scorer]:
+def _contestants(model: Any) -> dict[str, Scorer]:
     """Every method and baseline by the name of its row; baselines first, the answer key last."""
     rows: dict[str, Scorer] = {name: partial(baseline, model) for name, baseline in BASELINES.items()}
     key = rows.popitem()
@@ -146,7 +146,9 @@ def main(
 
 def _measured(model: Any, found: Iterable[Drawn], lines: Path, tasks: Iterable[str]) -> pd.DataFrame:
     """What is known after the new cases are measured; lines of other tasks, from another run, are left out."""
-    values = comparison.run(model, [case for one in found for case in one.cases], contestants(model), out=lines)
+    values = comparison.run(
+        model, [case for one in found for case in one.cases], _contestants(model), out=lines, steps=20
+    )
     return values[values["task"].isin(list(tasks))] if len(values) else values
 
 

@@ -21,7 +21,7 @@ Step = Callable[[Tensor], Hop]
 
 
 @dataclass(frozen=True)
-class Found:
+class _Found:
     """What a run of a method found, as fields of an Attribution."""
 
     scores: Tensor
@@ -35,7 +35,7 @@ class Found:
     settings: dict[str, Any]
 
 
-def drive(name: str, begun: Step | Rows, task: Task, hops: Hops, *, renormalise: bool = False) -> Found:
+def drive(name: str, begun: Step | Rows, task: Task, hops: Hops, *, renormalise: bool = False) -> _Found:
     """Runs the hops and puts together what they found.
 
     name:        of the method, for errors
@@ -98,7 +98,7 @@ def _closed(hop: Hop, weights: Tensor, task: Task) -> Hop:
 
 def _assembled(
     found: Recursion, hops: Sequence[Hop], task: Task, asked: int, renormalise: bool, facts: dict[str, Any]
-) -> Found:
+) -> _Found:
     """Fields of an Attribution; hops that had no mass to follow stay zero."""
 
     def padded(values: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ def _assembled(
 
     scores = found.scores[: task.prompt_length].clone()
     total = scores.sum()
-    return Found(
+    return _Found(
         scores=scores / total if renormalise and total > 0 else scores,
         hop_scores=padded(found.hop_scores),
         reasoning_mass=padded(found.reasoning_mass),

@@ -96,7 +96,7 @@ class LRP(Method):
         foils = self._foils(task)
         weighted = (task.rows, _generation(task)) if self.options.context == "generation" else (task.rows,)
         opened = linearised(
-            self.source.runner(),
+            self.source.runner(task.input_ids),
             task.input_ids,
             torch.cat(weighted).unique() - 1,
             rule=cast(Any, self.options.rule),

@@ -15,12 +15,12 @@ from typing import Any, Union
 from flashtrace_plugin.errors import InputError
 from flashtrace_plugin.formats import FormatChoice, chosen_formats
 
-Check = Callable[[str, Any], Any]
+_Check = Callable[[str, Any], Any]
 """``check(name, value)`` gives the value in the form in which it is kept, or raises InputError."""
 
 
 def option(
-    default: Any, help: str, *, choices: Iterable[Any] | None = None, check: Check | None = None, noted: bool = True
+    default: Any, help: str, *, choices: Iterable[Any] | None = None, check: _Check | None = None, noted: bool = True
 ) -> Any:
     """A field of an :class:`Options` class.
 
@@ -42,7 +42,7 @@ class Declared:
     help: str
     type: str
     choices: tuple[Any, ...] | None
-    check: Check | None
+    check: _Check | None
     noted: bool
 
     def checked(self, value: Any) -> Any:
@@ -94,7 +94,7 @@ def one_of(name: str, value: Any, known: Iterable[Any]) -> Any:
     return value
 
 
-def at_least(bound: int, *, optional: bool = False) -> Check:
+def at_least(bound: int, *, optional: bool = False) -> _Check:
     """A check for whole numbers >= ``bound``, or None where the option is optional."""
 
     def check(name: str, value: Any) -> Any:
@@ -111,7 +111,7 @@ Hops = Union[int, float, str]
 """A whole number of hops; "auto", as many as have something to follow; or infinity, all of them at once."""
 
 
-def checked_hops(name: str, hops: Any) -> Hops:
+def _checked_hops(name: str, hops: Any) -> Hops:
     """Raises InputError unless ``hops`` is a whole number >= 0, "auto" or infinity."""
     if hops in ("auto", "inf", inf):
         return inf if hops == "inf" else hops
@@ -123,7 +123,7 @@ def checked_hops(name: str, hops: Any) -> Hops:
     return hops
 
 
-def checked_ignore(name: str, ignore: Any) -> tuple[str | int, ...]:
+def _checked_ignore(name: str, ignore: Any) -> tuple[str | int, ...]:
     """Raises InputError unless it is a collection of texts and ids."""
     tokens = () if isinstance(ignore, str) or not isinstance(ignore, Iterable) else tuple(ignore)
     if (not tokens and ignore) or not all(isinstance(t, (str, int)) for t in tokens):
@@ -133,7 +133,7 @@ def checked_ignore(name: str, ignore: Any) -> tuple[str | int, ...]:
     return tokens
 
 
-def checked_format(name: str, choice: FormatChoice) -> FormatChoice:
+def _checked_format(name: str, choice: FormatChoice) -> FormatChoice:
     """Raises InputError unless it is a known reasoning format or a pair of markers."""
     chosen_formats(choice)
     return tuple(choice) if isinstance(choice, list) else choice
@@ -147,7 +147,7 @@ class Driving(Options):
         1,
         "times that importance is followed through the reasoning; 'auto' stops when a thousandth is left; infinity is "
         "all hops at once, for methods with a row for every token",
-        check=checked_hops,
+        check=_checked_hops,
     )
     recursion: str = option(
         "reasoning",
@@ -160,10 +160,10 @@ class Driving(Options):
         choices=("token", "predicting"),
     )
     ignore: Iterable[str | int] = option(
-        (), "tokens left out of targets and scores, as ids or as texts without space around", check=checked_ignore
+        (), "tokens left out of targets and scores, as ids or as texts without space around", check=_checked_ignore
     )
     format: FormatChoice = option(
-        None, "reasoning format, by name or as its two markers; None looks for all", check=checked_format
+        None, "reasoning format, by name or as its two markers; None looks for all", check=_checked_format
     )
 
 

@@ -182,7 +182,7 @@ class _MatrixSource:
     def guarded(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def runner(self) -> Any:
+    def runner(self, input_ids: Tensor) -> Any:
         raise UnsupportedModelError("a matrix cannot be differentiated")
 
 

@@ -17,9 +17,10 @@ from flashtrace_plugin.errors import MethodError
 if TYPE_CHECKING:
     from flashtrace_plugin.methods.base import Method
 
-GROUP = "flashtrace_plugin.methods"
+_GROUP = "flashtrace_plugin.methods"
 
 BUILT_IN = {
+    "recommended": ("flashtrace_plugin.methods.recommended", "Recommended"),
     "flashtrace": ("flashtrace_plugin.methods.flashtrace", "FlashTrace"),
     "ifr": ("flashtrace_plugin.methods.ifr", "IFR"),
     "recursive": ("flashtrace_plugin.methods.recursive", "RecursiveAttribution"),
@@ -107,7 +108,7 @@ class Registry(Mapping[str, "type[Method]"]):
 
 def _declared_elsewhere() -> dict[str, EntryPoint]:
     """Entry points of other packages by name; the package's own names are never replaced."""
-    return {entry.name: entry for entry in entry_points(group=GROUP) if entry.name not in BUILT_IN}
+    return {entry.name: entry for entry in entry_points(group=_GROUP) if entry.name not in BUILT_IN}
 
 
 METHODS = Registry()

@@ -29,14 +29,14 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 """The configurations of the paper's Table 5 beside the full method."""
 
 
-def checked_weight(name: str, value: Any) -> float:
+def _checked_weight(name: str, value: Any) -> float:
     """The weight of a term. Raises InputError unless it is a finite number >= 0."""
     if not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
         raise InputError(f"{name} must be a finite number >= 0, got {value!r}; 0 leaves the term out of the score")
     return float(value)
 
 
-def checked_overlap(name: str, value: Any) -> float:
+def _checked_overlap(name: str, value: Any) -> float:
     """Raises InputError unless the overlap is a share below 1."""
     if not isinstance(value, (int, float)) or not 0 <= value < 1:
         raise InputError(
@@ -49,8 +49,8 @@ def checked_overlap(name: str, value: Any) -> float:
 class HETAOptions(Options):
     """What HETA can be told; see docs/heta.md for what the choices do to the numbers."""
 
-    beta: float = option(0.5, "weight of the curvature term; the paper sweeps beta + gamma = 1", check=checked_weight)
-    gamma: float = option(0.5, "weight of the information term", check=checked_weight)
+    beta: float = option(0.5, "weight of the curvature term; the paper sweeps beta + gamma = 1", check=_checked_weight)
+    gamma: float = option(0.5, "weight of the information term", check=_checked_weight)
     curvature: str | None = option(
         "full",
         "one product per token and probe (Eq. 3); a randomised Hessian whose cost does not grow with the text; "
@@ -67,7 +67,7 @@ class HETAOptions(Options):
     window: int | None = option(
         None, "tokens per window (Algorithm 1); None: the whole text is one window", check=at_least(1, optional=True)
     )
-    overlap: float = option(0.5, "share of a window that the next one repeats", check=checked_overlap)
+    overlap: float = option(0.5, "share of a window that the next one repeats", check=_checked_overlap)
     gate: str | None = option(
         "flow",
         "attention flow weighted by value norms; one rollout per head index; 1/n; None, 1",

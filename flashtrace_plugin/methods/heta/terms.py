@@ -37,10 +37,10 @@ KEPT_PATTERNS = {"cpu": 512}
 """Longest text by device whose patterns are kept for second derivatives if they fit; elsewhere memory alone decides.
 On a CPU longer ones no longer stay in cache, and forming them again by blocks is faster."""
 
-CHECKED_TOKENS = 64
+_CHECKED_TOKENS = 64
 """Tokens at the end of the text on which second derivatives are compared with finite differences."""
 
-BAR_DELAY = 5.0
+_BAR_DELAY = 5.0
 """Seconds before a progress bar appears."""
 
 
@@ -211,7 +211,7 @@ class Terms:
 
     def _check_second_derivative(self) -> None:
         """On the last tokens only, which go through the same functions as all."""
-        start = max(0, len(self.X) - CHECKED_TOKENS)
+        start = max(0, len(self.X) - _CHECKED_TOKENS)
         with _differentiable(self.model):
             gap = second_derivative_gap(lambda tail, begin: self._g(tail, start + begin), self.X[start:])
         if gap > SECOND_DERIVATIVE_TOLERANCE:
@@ -238,7 +238,7 @@ class Terms:
     @contextmanager
     def _batches(self, name: str, size: int, total: int) -> Iterator[Batches]:
         before = self.tails.forwards
-        with tqdm(total=total, desc=f"heta {name}", delay=BAR_DELAY, disable=not self.progress, leave=False) as bar:
+        with tqdm(total=total, desc=f"heta {name}", delay=_BAR_DELAY, disable=not self.progress, leave=False) as bar:
             largest = LARGEST_BATCH.get(self.tails.embeddings.device.type, 64)
             batches = Batches(max(1, min(size, largest)), bar.update)
             with _fits_in_memory():

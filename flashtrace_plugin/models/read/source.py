@@ -43,8 +43,8 @@ class Source(Protocol):
         """The model in evaluation mode while inside, and as it was found afterwards."""
         ...
 
-    def runner(self) -> Any:
-        """The model as :mod:`flashtrace_plugin.models.derive.relevance` runs it."""
+    def runner(self, input_ids: Tensor) -> Any:
+        """The model as :mod:`flashtrace_plugin.models.derive.relevance` runs it on the ids [1, N]."""
         ...
 
 
@@ -84,7 +84,7 @@ class _HuggingFaceSource:
 
         return evaluating(self.model)
 
-    def runner(self) -> Any:
+    def runner(self, input_ids: Tensor) -> Any:
         from flashtrace_plugin.models.derive.relevance import HuggingFace
 
         return HuggingFace(self.model)
