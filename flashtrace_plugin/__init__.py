@@ -20,6 +20,7 @@ from flashtrace_plugin.spans import Span
 
 if TYPE_CHECKING:
     from flashtrace_plugin.attribution import Attribution
+    from flashtrace_plugin.methods.alti import ALTI
     from flashtrace_plugin.methods.base import Method
     from flashtrace_plugin.methods.flashtrace import FlashTrace
     from flashtrace_plugin.methods.heta import HETA
@@ -32,6 +33,7 @@ __version__ = "0.1.0"
 
 # Imported on first use, so that importing the package does not wait for torch and transformers.
 _LAZY = {
+    "ALTI": "flashtrace_plugin.methods.alti",
     "Attribution": "flashtrace_plugin.attribution",
     "FlashTrace": "flashtrace_plugin.methods.flashtrace",
     "HETA": "flashtrace_plugin.methods.heta",
@@ -45,6 +47,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "ALTI",
     "HETA",
     "IFR",
     "LRP",

@@ -61,6 +61,7 @@ def test_settings_name_method_options_and_model(result):
         "recursion": "reasoning",
         "positions": "token",
         "ignore": [3, "a"],
+        "sinks": "keep",
         "format": None,
         "model": "Qwen3ForCausalLM",
         "family": "qwen3",

@@ -225,7 +225,8 @@ class Method(ABC):
             "prompt": [Span(0 if own else 1, target.start)],
         }
         through = _mask(len(kept), *followed[self.driving.recursion]) & kept
-        return Task(self.source, ids, prompt_length, target, reasoning, kept, chosen, through, shift, contexts)
+        sinks = self.driving.sinks if "sinks" in self.drives else "keep"
+        return Task(self.source, ids, prompt_length, target, reasoning, kept, chosen, through, shift, sinks, contexts)
 
 
 def options_of(method: type[Method]) -> list[Declared]:

@@ -55,6 +55,9 @@ def drive(name: str, begun: Step | Rows, task: Task, hops: Hops, *, renormalise:
         done.append(_closed(hop, weights, task))
         return hop.alpha * task.kept
 
+    sinks = _sinks(checked(name, step(task.neutral_weights), task), task) if task.sinks != "keep" else None
+    if sinks is not None and task.sinks == "drop":
+        task = replace(task, kept=task.kept & ~sinks, through=task.through & ~sinks)
     follow = bool(task.through.any())
     if hops and hops != "auto" and not follow:
         _warn_without_reasoning(name, hops)
@@ -65,7 +68,30 @@ def drive(name: str, begun: Step | Rows, task: Task, hops: Hops, *, renormalise:
         found = recurse(checked_step, task.initial, task.through, most, task.shift)
     asked = hops if isinstance(hops, int) else len(found.hop_scores) - 1
     followed = "all" if hops == inf and follow else len(done) - 1
-    return _assembled(found, done, task, asked, renormalise, {"hops_followed": followed, "mass_left": found.left})
+    facts: dict[str, Any] = {"hops_followed": followed, "mass_left": found.left}
+    put_together = _assembled(found, done, task, asked, renormalise, facts)
+    return put_together if sinks is None else _with_sinks(put_together, sinks, done[0], task)
+
+
+SINK = 10.0
+"""A position is a sink if it draws this many times its even share of the mass for the prompt's own tokens."""
+
+
+def _sinks(neutral: Hop, task: Task) -> Tensor:
+    """Positions of the prompt that draw mass whatever the target: here for its own tokens, all together. [N] bool"""
+    mass = neutral.alpha * (torch.arange(task.length) < task.prompt_length)
+    return mass > SINK * mass.sum() / task.prompt_length
+
+
+def _with_sinks(found: _Found, sinks: Tensor, first: Hop, task: Task) -> _Found:
+    """The result with where the sinks are, and the share of hop 0's mass on the prompt that they drew."""
+    prompt = first.alpha[: task.prompt_length]
+    share = float(prompt[sinks[: task.prompt_length]].sum() / prompt.sum()) if prompt.sum() > 0 else 0.0
+    return replace(
+        found,
+        components=found.components | {"sinks": sinks.float()},
+        settings=found.settings | {"sink_share": share, "sink_positions": sinks.nonzero()[:, 0].tolist()},
+    )
 
 
 def _all_at_once(name: str, begun: Step | Rows, task: Task, step: Callable[[Tensor], Tensor]) -> Recursion:

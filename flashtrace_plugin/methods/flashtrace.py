@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from flashtrace_plugin.methods.base import Method
 from flashtrace_plugin.methods.driver import Step
+from flashtrace_plugin.methods.options import driven
 from flashtrace_plugin.methods.task import Task
 
 
@@ -15,6 +16,7 @@ class FlashTrace(Method):
     """
 
     name = "flashtrace"
+    drives = driven(hops=1, recursion="reasoning", positions="token", ignore=(), sinks="keep")
 
     def start(self, task: Task) -> Step:
         """One forward pass; a hop is one pass over the recorded layers."""

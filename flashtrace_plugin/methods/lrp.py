@@ -88,7 +88,7 @@ class LRP(Method):
 
     name = "lrp"
     Options = LRPOptions
-    drives = driven(hops="auto", recursion="reasoning", ignore=())
+    drives = driven(hops="auto", recursion="reasoning", ignore=(), sinks="keep")
     options: LRPOptions
 
     def start(self, task: Task) -> Step:

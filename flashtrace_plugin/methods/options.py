@@ -162,6 +162,12 @@ class Driving(Options):
     ignore: Iterable[str | int] = option(
         (), "tokens left out of targets and scores, as ids or as texts without space around", check=_checked_ignore
     )
+    sinks: str = option(
+        "keep",
+        "positions of the prompt that draw mass whatever the target: left as they are; measured and told, for one "
+        "more hop; or left out of scores and hops as well",
+        choices=("keep", "report", "drop"),
+    )
     format: FormatChoice = option(
         None, "reasoning format, by name or as its two markers; None looks for all", check=_checked_format
     )

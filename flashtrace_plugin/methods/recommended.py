@@ -31,7 +31,7 @@ class Recommended(LRP):
 
     name = "recommended"
     Options = _RecommendedOptions
-    drives = driven(hops=1, recursion="reasoning", ignore=())
+    drives = driven(hops=1, recursion="reasoning", ignore=(), sinks="keep")
 
 
 def explain(

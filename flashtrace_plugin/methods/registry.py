@@ -24,6 +24,7 @@ BUILT_IN = {
     "flashtrace": ("flashtrace_plugin.methods.flashtrace", "FlashTrace"),
     "ifr": ("flashtrace_plugin.methods.ifr", "IFR"),
     "recursive": ("flashtrace_plugin.methods.recursive", "RecursiveAttribution"),
+    "alti": ("flashtrace_plugin.methods.alti", "ALTI"),
     "lrp": ("flashtrace_plugin.methods.lrp", "LRP"),
     "heta": ("flashtrace_plugin.methods.heta", "HETA"),
 }

@@ -29,6 +29,7 @@ class Task:
     chosen:    [N] bool  target tokens to explain
     through:   [N] bool  tokens that mass is followed through
     shift:     1 where the position to its left stands for a token, else 0
+    sinks:     "keep", "report" or "drop", see the driver's option
     contexts:  closed when the call ends; for what a method holds open from its start to its last hop
     """
 
@@ -41,6 +42,7 @@ class Task:
     chosen: Tensor
     through: Tensor
     shift: int
+    sinks: str = "keep"
     contexts: ExitStack = field(default_factory=ExitStack)
     recorded: list[Recorded] = field(default_factory=list)
 
@@ -62,7 +64,19 @@ class Task:
     @property
     def rows(self) -> Tensor:
         """Positions that may carry weight in any hop, [r], increasing."""
-        return (self.chosen | self.through).nonzero()[:, 0] - self.shift
+        return (self.chosen | self.through | self.neutral).nonzero()[:, 0] - self.shift
+
+    @cached_property
+    def neutral(self) -> Tensor:
+        """Tokens of a target that asks for nothing, to measure sinks by: the prompt's own, less the first. [N] bool"""
+        positions = torch.arange(self.length)
+        return (positions > 0) & (positions < self.prompt_length) & (self.sinks != "keep")
+
+    @property
+    def neutral_weights(self) -> Tensor:
+        """The same as weights on the positions that stand for these tokens, [N]."""
+        rows = self.neutral.nonzero()[:, 0] - self.shift
+        return torch.zeros(self.length).index_fill(0, rows, 1.0)
 
     def record(self, rows: Tensor | None = None) -> Recorded:
         """Layers of the sequence up to the last row; what comes after cannot matter, so it is not run.

@@ -1,5 +1,6 @@
 """One colour scale for everything that is shaded: lightness alone carries the number, so it survives colour blindness
-and print, and one text colour stays readable (contrast of 4.5 and more, WCAG 2.2 AA) on every step of it.
+and print, and one text colour stays readable (contrast of 4.5 and more, WCAG 2.2 AA) on every step of it. Where numbers
+have signs, the negative ones have a scale of the same lightness in blue, which nobody takes for the orange of the rest.
 """
 
 from __future__ import annotations
@@ -20,19 +21,22 @@ class _Theme:
     name:  as in the CSS property color-scheme
     ink:   text
     stops: the scale, from the page's background (value 0) to the maximum (value 1)
+    below: the scale of negative numbers, likewise
     other: further colours by name
     """
 
     name: str
     ink: str
     stops: tuple[str, ...]
+    below: tuple[str, ...]
     other: Mapping[str, str]
 
     def variables(self) -> str:
-        """All colours as CSS custom properties: k0 … k40 the scale, r0 … r40 the scale by square root."""
+        """All colours as CSS custom properties: k0 … k40 the scale, r0 … r40 by square root; n and m if negative."""
         named = {"ink": self.ink, "paper": self.stops[0], **self.other}
-        named |= {f"k{i}": colour for i, colour in enumerate(palette(self))}
-        named |= {f"r{i}": colour for i, colour in enumerate(palette(self, root=True))}
+        for (linear, root), stops in {("k", "r"): self.stops, ("n", "m"): self.below}.items():
+            named |= {f"{linear}{i}": colour for i, colour in enumerate(palette(stops))}
+            named |= {f"{root}{i}": colour for i, colour in enumerate(palette(stops, root=True))}
         return f"color-scheme:{self.name};" + "".join(f"--{name}:{colour};" for name, colour in named.items())
 
 
@@ -40,6 +44,7 @@ LIGHT = _Theme(
     "light",
     "#14161a",
     ("#ffffff", "#ffe9c2", "#ffc069", "#f78a3a", "#e4602c"),
+    ("#ffffff", "#dcecfb", "#a3cdf3", "#6aaae6", "#4489d0"),
     {
         "soft": "#575d69",
         "line": "#d9dce2",
@@ -55,6 +60,7 @@ DARK = _Theme(
     "dark",
     "#f6f7f9",
     ("#16181d", "#4a3417", "#774a0d", "#9f500c", "#bb4d1a"),
+    ("#16181d", "#17304c", "#154a78", "#1a5d9b", "#2a6db4"),
     {
         "soft": "#a9b0bd",
         "line": "#343a45",
@@ -75,10 +81,10 @@ def level(value: float, maximum: float) -> int:
     return min(LEVELS, round(LEVELS * sqrt(value / maximum)))
 
 
-def palette(theme: _Theme, *, root: bool = False) -> list[str]:
+def palette(stops: Sequence[str], *, root: bool = False) -> list[str]:
     """Colours of the steps 0 to LEVELS, proportional to the value, or with ``root`` to its square root."""
     steps = (k / LEVELS for k in range(LEVELS + 1))
-    return [_blend(theme.stops, s if root else s * s) for s in steps]
+    return [_blend(stops, s if root else s * s) for s in steps]
 
 
 def contrast(first: str, second: str) -> float:

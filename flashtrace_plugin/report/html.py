@@ -18,10 +18,11 @@ from uuid import uuid4
 from flashtrace_plugin import __version__
 from flashtrace_plugin.attribution import Attribution
 from flashtrace_plugin.report import colours
+from flashtrace_plugin.report.advice import advice
 from flashtrace_plugin.report.flow import HEIGHT, PARTS, hop_rows, segments
 from flashtrace_plugin.report.layers import LayerMap, layer_maps
 from flashtrace_plugin.report.marks import percent, shorten
-from flashtrace_plugin.report.tokens import shaded, top_rows
+from flashtrace_plugin.report.tokens import shaded, signed, top_rows
 from flashtrace_plugin.report.views import View, views_of
 
 if TYPE_CHECKING:
@@ -47,10 +48,12 @@ def _context(attribution: Attribution, evidence: frozenset[int]) -> dict[str, An
         "a": attribution,
         "version": __version__,
         "title": f"Which prompt tokens led to “{shorten(attribution.text(attribution.target).strip(), 60)}”",
+        "advice": advice(attribution),
         "model": _short_name(str(attribution.settings.get("model", ""))),
         "views": views,
         "text": [(s.part, s.span, tokens[s.span.slice]) for s in segments(attribution)],
         "top": top_rows(attribution, evidence),
+        "signed": signed(attribution),
         "evidence": sorted(evidence),
         "hops": hop_rows(attribution),
         "parts": PARTS,
@@ -80,7 +83,7 @@ def _data(attribution: Attribution, views: list[View], maps: list[LayerMap]) -> 
     """Numbers for the script: what it shows under the pointer."""
     heads = {m.hop: attribution.head_scores[m.hop].flatten().tolist() for m in maps}
     return {
-        "views": [[v.label, v.whole, list(map(_short, v.values))] for v in views],
+        "views": [[v.label, v.whole, list(map(_short, v.values)), v.signed] for v in views],
         "heads": {hop: list(map(_short, values)) for hop, values in heads.items()},
     }
 

@@ -9,7 +9,7 @@
   tokens.forEach((token) => token.removeAttribute("title"));
   let at = null;
 
-  const number = (x) => String(Number(x.toPrecision(4)));
+  const number = (x, signed) => (signed && x > 0 ? "+" : "") + String(Number(x.toPrecision(4))).replace("-", "−");
   const percent = (x, whole) => (whole > 0 ? ((100 * x) / whole).toFixed(1) + " %" : "");
   const current = () => {
     const keys = [...root.querySelectorAll('input[name$="-view"]')];
@@ -36,9 +36,9 @@
   function showToken(token) {
     const i = position.get(token), chosen = current(), many = data.views.length > 9;
     const rows = data.views
-      .map(([label, whole, values], v) => [v, label, values[i], whole])
+      .map(([label, whole, values, signed], v) => [v, label, values[i], whole, signed])
       .filter(([v, , x]) => x !== undefined && (!many || v === chosen || v < 2))
-      .map(([v, label, x, whole]) => [(v === chosen ? "▸ " : "") + label, number(x), percent(x, whole)]);
+      .map(([v, label, x, whole, signed]) => [(v === chosen ? "▸ " : "") + label, number(x, signed), percent(Math.abs(x), whole)]);
     show(token, JSON.stringify(token.textContent) + " · position " + i, rows);
   }
 

@@ -10,12 +10,13 @@ from rich.table import Table
 from rich.text import Text
 
 from flashtrace_plugin.attribution import Attribution
+from flashtrace_plugin.report.advice import advice
 from flashtrace_plugin.report.flow import PARTS, hop_rows
 from flashtrace_plugin.report.marks import percent, shorten
-from flashtrace_plugin.report.tokens import top_rows
+from flashtrace_plugin.report.tokens import signed, top_rows
 
-_BAR, _TOKEN, _FIXED = 8, 14, 56
-"""Widths: the longest bar, a token, and all of a table but the text around its tokens."""
+_BAR, _TOKEN, _FIXED, _SIGN = 8, 14, 56, 5
+"""Widths: the longest bar, a token, all of a table but the text around its tokens, and the column of signs."""
 _COLUMNS: tuple[tuple[str, Literal["left", "right"]], ...] = (
     ("position", "right"),
     ("", "right"),
@@ -32,6 +33,8 @@ def print_attribution(
 ) -> None:
     """Prints what was explained, the strongest tokens of the prompt, and where each hop's mass lies.
 
+    Where the method knows signs, each token has one.
+
     top:      number of tokens
     evidence: positions of the prompt that are known to be the evidence, and what to call them
     """
@@ -39,6 +42,8 @@ def print_attribution(
     console.print(_top_table(attribution, top, evidence or {}, console.width))
     console.print()
     console.print(_hop_table(attribution))
+    if advice(attribution):
+        console.print(Text(f"\n{advice(attribution)}", "dim"))
 
 
 def _headline(attribution: Attribution) -> Text:

@@ -42,8 +42,8 @@ def shaded(attribution: Attribution, views: Sequence[View], evidence: Set[int]) 
 
 
 def _classes(position: int, views: Sequence[View], gold: bool) -> str:
-    levels = ((view.key, view.level(position)) for view in views)
-    return " ".join([f"{key}{step}" for key, step in levels if step] + ["gold"] * gold)
+    shades = (view.shade(position) for view in views)
+    return " ".join([shade for shade in shades if shade] + ["gold"] * gold)
 
 
 def _title(attribution: Attribution, position: int) -> str:
@@ -61,6 +61,7 @@ class _TopRow:
     share:         of the prompt's score, 0 to 1
     width:         score relative to the highest, 0 to 1
     gold:          whether it is known evidence
+    sign:          + or − of its relevance; empty for a method that knows no signs
     """
 
     position: int
@@ -71,6 +72,7 @@ class _TopRow:
     share: float
     width: float
     gold: bool
+    sign: str
 
 
 def top_rows(attribution: Attribution, evidence: Set[int] = frozenset(), count: int = _TOP) -> list[_TopRow]:
@@ -86,9 +88,20 @@ def top_rows(attribution: Attribution, evidence: Set[int] = frozenset(), count: 
             t.score / whole,
             t.score / best[0].score,
             t.position in evidence,
+            _sign(attribution, t.position),
         )
         for t in best
     ]
+
+
+def signed(attribution: Attribution) -> bool:
+    """Whether the method says which tokens speak for the target and which against it."""
+    return attribution.components.get("relevance", attribution.scores[:0]).shape == (len(attribution.tokens),)
+
+
+def _sign(attribution: Attribution, position: int) -> str:
+    value = float(attribution.components["relevance"][position]) if signed(attribution) else 0.0
+    return "+" if value > 0 else "−" if value < 0 else ""
 
 
 def _around(attribution: Attribution, position: int) -> tuple[str, str]:

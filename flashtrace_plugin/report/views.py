@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from string import ascii_lowercase
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -25,8 +26,9 @@ class View:
     group:  heading of the switch that it is part of
     label:  its button
     note:   what the numbers are
-    values: at most N numbers >= 0; the view says nothing about later positions
-    whole:  sum that shares refer to
+    values: at most N numbers, >= 0 unless signed; the view says nothing about later positions
+    whole:  sum that shares refer to, of magnitudes
+    signed: whether negative numbers have a colour of their own
     """
 
     key: str
@@ -35,19 +37,23 @@ class View:
     note: str
     values: Sequence[float]
     whole: float
+    signed: bool = False
 
     @cached_property
     def maximum(self) -> float:
-        return max(self.values)
+        """The largest magnitude."""
+        return max(map(abs, self.values))
 
     @property
     def where(self) -> int:
         """Position of the maximum."""
-        return self.values.index(self.maximum)
+        return next(i for i, value in enumerate(self.values) if abs(value) == self.maximum)
 
-    def level(self, position: int) -> int:
-        """Step of the colour scale at a position."""
-        return level(self.values[position], self.maximum) if position < len(self.values) else 0
+    def shade(self, position: int) -> str:
+        """Class of a position, ``key17`` or for a negative number ``key-17``; none on step 0 of the colour scale."""
+        value = self.values[position] if position < len(self.values) else 0.0
+        step = level(abs(value), self.maximum)
+        return f"{self.key}{'-' if value < 0 else ''}{step}" if step else ""
 
 
 def views_of(attribution: Attribution) -> list[View]:
@@ -56,11 +62,17 @@ def views_of(attribution: Attribution) -> list[View]:
     return [_view(i, *part) for i, part in enumerate(parts)]
 
 
-_Part = tuple[str, str, str, Tensor]
+class _Part(NamedTuple):
+    group: str
+    label: str
+    note: str
+    numbers: Tensor
+    signed: bool = False
 
 
-def _view(index: int, group: str, label: str, note: str, numbers: Tensor) -> View:
-    return View(_key(index), group, label, note, numbers.clamp(min=0).tolist(), float(numbers.sum()))
+def _view(index: int, group: str, label: str, note: str, numbers: Tensor, signed: bool) -> View:
+    values, whole = (numbers, numbers.abs().sum()) if signed else (numbers.clamp(min=0), numbers.sum())
+    return View(_key(index), group, label, note, values.tolist(), float(whole), signed)
 
 
 def _key(index: int) -> str:
@@ -71,13 +83,13 @@ def _key(index: int) -> str:
 
 def _total(attribution: Attribution) -> _Part:
     note = "the prompt's scores" + (", all hops together" if attribution.hops > 0 else "")
-    return "Scores", "Total", note, attribution.scores
+    return _Part("Scores", "Total", note, attribution.scores)
 
 
 def _hops(attribution: Attribution) -> Iterator[_Part]:
     for k, values in enumerate(attribution.hop_scores):
         if len(values) == len(attribution.tokens) and (k == 0 or values.any()):
-            yield "Hops, over all positions", f"Hop {k}", _hop_note(k), values
+            yield _Part("Hops, over all positions", f"Hop {k}", _hop_note(k), values)
 
 
 def _hop_note(k: int) -> str:
@@ -91,9 +103,24 @@ def _hop_note(k: int) -> str:
 def _components(attribution: Attribution) -> Iterator[_Part]:
     for name, values in attribution.components.items():
         if values.dim() == 1 and 0 < len(values) <= len(attribution.tokens):
-            yield "Components", name.replace("_", " ").capitalize(), f"the component {name} of the score", values
+            yield _component(name, values)
         elif name == "per_token" and len(values) == len(attribution.target):
             yield from _per_token(attribution, values)
+
+
+_SIGNED = {
+    "relevance": "what a token adds to what is explained of the target, directly, before any hop",
+    "layer_relevance": "the same, at the residual stream that enters every layer and summed over the layers",
+}
+"""Components that have a sign by their meaning, and what they are."""
+
+
+def _component(name: str, values: Tensor) -> _Part:
+    """A component; one that is clearly negative somewhere is shown with its signs, whatever its name."""
+    label = name.replace("_", " ").capitalize()
+    note = _SIGNED.get(name, f"the component {name} of the score")
+    signed = name in _SIGNED or bool(values.min() < -1e-6 * values.abs().max())
+    return _Part("Components", f"{label} (signed)" if signed else label, note, values, signed)
 
 
 def _per_token(attribution: Attribution, rows: Tensor) -> Iterator[_Part]:
@@ -101,4 +128,4 @@ def _per_token(attribution: Attribution, rows: Tensor) -> Iterator[_Part]:
     group = "Target tokens" if count == len(rows) else f"Target tokens, first {count} of {len(rows)}"
     for position, values in zip(list(attribution.target)[:count], rows, strict=False):
         token = in_table(attribution.tokens[position])
-        yield group, token, f"what the target token {token} (position {position}) draws on by itself", values
+        yield _Part(group, token, f"what the target token {token} (position {position}) draws on by itself", values)
