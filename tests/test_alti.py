@@ -41,7 +41,7 @@ def test_it_is_the_dense_rollout_hop_by_hop(family):
 
 
 def test_what_attention_parks_on_passes_nothing_on(monkeypatch):
-    monkeypatch.setattr(rollout, "SINK", 1.5)  # random models have no strong sinks
+    monkeypatch.setattr(rollout, "PARKED", 1.5)  # random models have no strong sinks
     model = tiny("llama", seed=3)
     found = ALTI(model, hops=0).attribute_ids(IDS, **SPANS)
     parked = found.settings["parked_positions"]

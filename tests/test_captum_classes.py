@@ -10,7 +10,7 @@ from captum.attr import TextTokenInput
 
 import flashtrace_captum
 import flashtrace_plugin
-from flashtrace_captum import FlashTrace, LLMTraceAttribution, TokenAttribution, TokenScores
+from flashtrace_captum import CaptumInputError, FlashTrace, LLMTraceAttribution, TokenAttribution, TokenScores
 from flashtrace_plugin import InputError, Method, Span, register_method
 from flashtrace_plugin.attribution import generation_rows
 from flashtrace_plugin.core.recursion import Hop
@@ -63,6 +63,16 @@ class OneLook(Recency):
     def start(self, task):
         step = super().start(task)
         return lambda weights: Hop(step(weights).alpha)
+
+
+class Exact(OneLook):
+    """The same, which conserves something."""
+
+    name = "exact_of_captum"
+    conserves = True
+
+    def conservation_delta(self, found):
+        return 0.25
 
 
 @pytest.fixture
@@ -164,6 +174,79 @@ class TestDeclared:
         inp = TextTokenInput(PROMPT, tokenizer)
         got = LLMTraceAttribution(Doubled(model), tokenizer).attribute(inp, RESPONSE)
         assert torch.equal(got.seq_attr, 2 * LLMTraceAttribution(plain, tokenizer).attribute(inp, RESPONSE).seq_attr)
+
+
+class TestConvergenceDelta:
+    def test_only_what_conserves_has_one(self, model):
+        made = {name: getattr(flashtrace_captum, name) for name in (*NAMES, "ALTI", "LRP", "Recommended")}
+        having = {name for name, cls in made.items() if "return_convergence_delta" in signature_of(cls)}
+        assert having == {"LRP", "Recommended"}
+        assert {name for name, cls in made.items() if cls(model).has_convergence_delta()} == {"LRP"}
+        assert not made["LRP"](model, rule="attn").has_convergence_delta()
+        assert made["Recommended"](model, rule="cp").has_convergence_delta()
+
+    @pytest.mark.parametrize("family", ["gpt2", "qwen2"])
+    @pytest.mark.parametrize("objective", ["logit", "log_probability"])
+    def test_it_is_what_is_lost_between_objective_and_shares(self, family, objective, ids):
+        model = tiny(family, seed=3)
+        method = flashtrace_captum.LRP(model, objective=objective)
+        plain = method.attribute(ids, TARGET, reasoning=REASONING, hops=1)
+        got, delta = method.attribute(ids, TARGET, reasoning=REASONING, hops=1, return_convergence_delta=True)
+        assert torch.equal(got, plain)
+        core = flashtrace_plugin.LRP(model, objective=objective, hops=1)
+        found = core.attribute_ids(ids, prompt_length=9, target=Span(18, 21), reasoning=Span(9, 17))
+        told, signed = found.settings, found.components["relevance"].double()
+        shares = float(signed.sum()) + told["bias_share"] + told["position_share"]
+        assert told["bias_share"] and (told["position_share"] != 0) == (family == "gpt2")
+        assert delta.shape == (1,) and delta.dtype == torch.float32
+        assert float(delta) == pytest.approx(shares - told["objective_value"], abs=1e-6)
+        assert abs(float(delta)) < 1e-5 * float(signed.abs().sum())
+
+    def test_it_tells_what_was_lost(self, model, ids):
+        class Leaky(flashtrace_captum.LRP):
+            def token_scores(self, input_ids, **where):
+                found = super().token_scores(input_ids, **where)
+                found.attribution.components["relevance"][3] += 0.5
+                return found
+
+        delta = Leaky(model).attribute(ids, TARGET, return_convergence_delta=True)[1]
+        assert float(delta) == pytest.approx(0.5, abs=1e-4)
+
+    def test_each_example_of_a_batch_has_its_own(self, model, ids):
+        both = torch.cat([ids, ids.roll(1)])
+        mask = torch.ones_like(both)
+        mask[1, :4] = 0
+        (got,), delta = flashtrace_captum.LRP(model).attribute((both,), TARGET, mask, return_convergence_delta=True)
+        assert got.shape == both.shape and delta.shape == (2,) and delta.device == both.device
+        assert not got[1, :4].any() and float(delta.abs().max()) < 1e-3
+
+    def test_where_there_is_none_it_is_refused(self, model, ids):
+        with pytest.raises(CaptumInputError, match="LRP with these options conserves nothing"):
+            flashtrace_captum.LRP(model, rule="attn").attribute(ids, TARGET, return_convergence_delta=True)
+        with pytest.raises(TypeError, match=r"FlashTrace\.attribute has no option return_convergence_delta"):
+            FlashTrace(model).attribute(ids, TARGET, return_convergence_delta=True)
+        with pytest.raises(NotImplementedError, match="'flashtrace' conserves nothing"):
+            core = flashtrace_plugin.FlashTrace(model)
+            core.conservation_delta(core.attribute_ids(ids, prompt_length=9, target=Span(18, 21)))
+
+        class Halved(flashtrace_captum.LRP):
+            def token_scores(self, input_ids, **where):
+                return TokenScores(super().token_scores(input_ids, **where).scores / 2)
+
+        with pytest.raises(CaptumInputError, match=r"Halved\.token_scores gave scores without the attribution"):
+            Halved(model).attribute(ids, TARGET, return_convergence_delta=True)
+
+    @pytest.mark.usefixtures("late")
+    def test_a_method_of_ones_own_declares_it(self, model, ids):
+        made = flashtrace_captum.Recency
+        assert "return_convergence_delta" not in signature_of(made)
+        register_method(Exact)
+        delta = flashtrace_captum.Exact(model).attribute(ids, TARGET, return_convergence_delta=True)[1]
+        assert delta.tolist() == [0.25]
+
+
+def signature_of(cls):
+    return inspect.signature(cls.attribute).parameters
 
 
 @pytest.mark.usefixtures("late")

@@ -141,7 +141,8 @@ class Host:
         asked = [("--target", example.ask), ("--reasoning", example.through)]
         spans = [part for flag, value in asked if value is not None for part in (flag, self._typed(value, example))]
         texts = [*prompt, "--generation", example.generation, "--json", saved]
-        result = CliRunner().invoke(app, ["attribute", "--model", *map(str, [self.folder, *texts, *spans])])
+        command = ["attribute", "--method", "flashtrace", "--model", self.folder, *texts, *spans]
+        result = CliRunner().invoke(app, [str(part) for part in command])
         if result.exit_code:
             raise SpanError(result.output) if result.exit_code == 2 else result.exception
         return Attribution.load(saved)

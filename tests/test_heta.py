@@ -441,7 +441,7 @@ def test_long_texts_of_families_without_a_layout_or_without_blocks(family, monke
     shape = SMALL | {"intermediate_size": 12}
     model = PersimmonForCausalLM(PersimmonConfig(**shape)).eval() if family == "persimmon" else tiny(family)
     layers, sizes = by_blocks(monkeypatch, 3), []
-    monkeypatch.setattr(terms, "Batches", lambda size, tick: sizes.append(size) or Batches(size, tick))
+    monkeypatch.setattr(terms, "Batches", lambda size, *rest: sizes.append(size) or Batches(size, *rest))
     kept = estimate(model)
     monkeypatch.setattr(terms, "KEPT_PATTERNS", {"cpu": 3})
     close(estimate(model), kept, rtol=1e-3, atol=1e-5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import json
 from dataclasses import dataclass, field, replace
 from html.parser import HTMLParser
@@ -11,13 +12,15 @@ from itertools import pairwise
 
 import pytest
 import torch
+from rich.console import Console
 
-from flashtrace_plugin import IFR, Attribution, FlashTrace, Span
+from flashtrace_plugin import IFR, LRP, Attribution, FlashTrace, Recommended, Span
 from flashtrace_plugin.report import colours
 from flashtrace_plugin.report.flow import hop_rows, segments
 from flashtrace_plugin.report.html import as_html
 from flashtrace_plugin.report.layers import layer_maps
 from flashtrace_plugin.report.marks import in_table, in_text, percent, shorten
+from flashtrace_plugin.report.terminal import print_attribution
 from flashtrace_plugin.report.tokens import top_rows
 from flashtrace_plugin.report.views import MAX_ROWS, views_of
 from tests.tiny import random_ids, tiny, tiny_tokenizer
@@ -207,6 +210,66 @@ def test_components_are_further_views():
     assert next(v for v in views_of(found) if v.label == "Gate").values == found.components["gate"].tolist()
 
 
+SIGNED = torch.tensor([2.0, -1.0, 0.0, -4.0, 0.5, 0.0, 1.0, -0.25, 0.0, 3.0, 0.0, 0.0])
+
+
+def test_relevance_is_a_view_with_signs():
+    found = made(components={"relevance": SIGNED}, method="lrp")
+    view = views_of(found)[-1]
+    assert (view.group, view.label, view.signed) == ("Components", "Relevance (signed)", True)
+    assert view.values == SIGNED.tolist() and (view.maximum, view.where, view.whole) == (4.0, 3, 11.75)
+    page = read(found)
+    shades = [next((c for c in t.classes if c.startswith("e")), "") for t in shown_tokens(page)]
+    steps = [round(colours.LEVELS * abs(float(v) / 4) ** 0.5) for v in SIGNED]
+    expected = [f"e{'-' if v < 0 else ''}{s}" if s else "" for v, s in zip(SIGNED, steps, strict=True)]
+    assert shades == expected and "e-40" in shades
+    style = next(page.all("style")).text
+    assert ".ft .e-40{--e:var(--n40)}" in style and ".ft .e28{--e:var(--k28)}" in style and ".ft .d-1{" not in style
+    legend = next(page.all("p", "for-e")).text
+    assert "−4.000 (blue: speaks against) to 4.000 (orange: supports), the strongest on token 3" in legend
+    data = json.loads(next(s for s in page.all("script") if s.attributes).text)
+    assert data["views"][-1] == ["Relevance (signed)", 11.75, SIGNED.tolist(), True]
+
+
+def test_only_what_is_clearly_negative_has_signs():
+    rounding = torch.tensor([1.0, -1e-9, 0.5])
+    components = {"information": rounding, "mine": torch.tensor([1.0, -0.1]), "relevance": SIGNED.abs()}
+    labels = [(v.label, v.signed) for v in views_of(made(components=components))][-3:]
+    assert labels == [("Information", False), ("Mine (signed)", True), ("Relevance (signed)", True)]
+
+
+def test_tables_show_the_sign_of_a_token():
+    found = made(components={"relevance": SIGNED}, method="lrp")
+    rows = [[c.text for c in row.all()] for row in next(read(found).all("table", "top")).all("tr")]
+    assert "Sign" in rows[0]
+    signs = {0: "+", 1: "−", 2: "", 3: "−"}
+    assert [r.sign for r in top_rows(found)] == [signs[r.position] for r in top_rows(found)]
+    for cells, row in zip(rows[1:], top_rows(found), strict=True):
+        at = cells.index(str(row.position), 1)
+        assert cells[at + 1] == row.sign
+    assert "Sign" not in read(made()).text and "sign" not in printed(made())
+    lines = printed(found).splitlines()
+    for line, row in zip(lines[5:], top_rows(found), strict=False):
+        assert line.split()[0] == str(row.position) and f" {row.sign} " in line
+    key = lines[5 + len(top_rows(found))]
+    assert key == "sign: of its direct relevance; + supports the target, − speaks against it"
+    assert max(map(len, lines)) <= 80
+
+
+def printed(attribution, width=80):
+    console = Console(width=width, record=True, file=io.StringIO())
+    print_attribution(attribution, console=console)
+    return console.export_text()
+
+
+def test_the_papers_setting_suggests_the_recommended_method_in_one_line():
+    papers = made(settings={"positions": "token"})
+    line = "The method “recommended” finds the evidence better, see docs/recommended.md"
+    assert read(papers).text.count(line) == 1 and printed(papers).splitlines().count(line) == 1
+    others = (made(settings={"positions": "predicting"}), made(settings={"positions": "token"}, method="ifr"))
+    assert not any("recommended" in text for other in others for text in (read(other).text, printed(other)))
+
+
 def test_rows_of_ifr_are_views_up_to_a_limit():
     many = MAX_ROWS + 5
     found = made(hops=0, target=many, method="ifr")
@@ -300,12 +363,38 @@ def test_the_closure_error_is_told_in_words():
 @pytest.mark.parametrize("theme", [colours.LIGHT, colours.DARK], ids=["light", "dark"])
 @pytest.mark.parametrize("root", [False, True])
 def test_colours_are_readable_and_ordered_by_lightness(theme, root):
-    palette = colours.palette(theme, root=root)
-    assert min(colours.contrast(c, theme.ink) for c in palette) >= 4.5
     assert colours.contrast(theme.other["soft"], theme.stops[0]) >= 4.5
-    light = [colours.luminance(c) for c in palette]
-    assert light == sorted(light, reverse=theme is colours.LIGHT)
-    assert (palette[0], palette[-1]) == (theme.stops[0], theme.stops[-1])
+    for stops in (theme.stops, theme.below):
+        palette = colours.palette(stops, root=root)
+        assert min(colours.contrast(c, theme.ink) for c in palette) >= 4.5
+        light = [colours.luminance(c) for c in palette]
+        assert light == sorted(light, reverse=theme is colours.LIGHT)
+        assert (palette[0], palette[-1]) == (theme.stops[0], stops[-1])
+
+
+# What people without one kind of cones see, in linear RGB (Machado et al. 2009, severity 1).
+BLIND = {
+    "protanopia": [[0.1523, 1.0526, -0.2049], [0.1145, 0.7863, 0.0992], [-0.0039, -0.0481, 1.0520]],
+    "deuteranopia": [[0.3673, 0.8606, -0.2280], [0.2801, 0.6725, 0.0474], [-0.0118, 0.0429, 0.9689]],
+    "tritanopia": [[1.2555, -0.0767, -0.1788], [-0.0784, 0.9308, 0.1476], [0.0047, 0.6914, 0.3039]],
+}
+XYZ = torch.tensor([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+
+
+def seen(colour, kind):
+    """CIE L*a*b* of a colour #rrggbb in these eyes."""
+    rgb = torch.tensor([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    linear = torch.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    x, y, z = (XYZ @ (torch.tensor(BLIND[kind]) @ linear).clamp(0, 1) / XYZ.sum(1)).clamp(min=1e-4) ** (1 / 3)
+    return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize("kind", BLIND)
+@pytest.mark.parametrize("theme", [colours.LIGHT, colours.DARK], ids=["light", "dark"])
+def test_signs_are_told_apart_without_one_kind_of_cones(theme, kind):
+    pairs = zip(colours.palette(theme.stops, root=True), colours.palette(theme.below, root=True), strict=True)
+    far = [float((seen(a, kind) - seen(b, kind)).norm()) for a, b in pairs]
+    assert far[-1] > 40 and min(far[10:]) > 12  # 2.3 is just noticeable
 
 
 def test_contrast_of_known_colours():
@@ -346,7 +435,7 @@ def test_a_page_is_the_same_every_time(tmp_path):
     assert (tmp_path / "one.html").read_text(encoding="utf-8") == as_html(made())
 
 
-@pytest.mark.parametrize("cls", [FlashTrace, IFR])
+@pytest.mark.parametrize("cls", [FlashTrace, IFR, LRP, Recommended])
 def test_results_of_methods(cls):
     tokenizer = tiny_tokenizer()
     found = cls(tiny("qwen3"), tokenizer).attribute("The key <b>\nis red.\n", "<think>red</think>It is red.")

@@ -126,6 +126,15 @@ class TokenAttribution(CaptumAttribution, ABC):
             The prompt, which is all before the reasoning, has its scores; between prompt and target is the
             importance that passed through each token; from the target on, and on padding, it is 0.
         """
+        ids = self._ids(inputs)
+
+        def score(row: int, example: Example) -> Tensor:
+            return self.example_scores(ids[row], example, **options).scores
+
+        return self._each(inputs, target, additional_forward_args, reasoning, score)
+
+    def _ids(self, inputs: Inputs) -> Tensor:
+        """The token ids [batch, length] of the inputs. Raises CaptumInputError for anything else."""
         ids = single(inputs)
         if ids.is_floating_point():
             raise CaptumInputError(
@@ -134,22 +143,17 @@ class TokenAttribution(CaptumAttribution, ABC):
             )
         if ids.dim() != 2:
             raise CaptumInputError(f"token ids must be (batch, length), got {list(ids.shape)}")
+        return ids
 
-        def score(row: int, example: Example) -> Tensor:
-            return self.example_scores(ids[row], example, **options)
-
-        return self._each(inputs, target, additional_forward_args, reasoning, score)
-
-    def example_scores(self, ids: Tensor, example: Example, **options: Any) -> Tensor:
-        """Scores of one row of a batch, without its padding. ids: [length]"""
-        found = self.checked_scores(
+    def example_scores(self, ids: Tensor, example: Example, **options: Any) -> TokenScores:
+        """What is found for one row of a batch, without its padding. ids: [length]"""
+        return self.checked_scores(
             ids[example.kept.slice],
             prompt_length=example.prompt_length,
             target=example.target,
             reasoning=example.reasoning,
             **options,
         )
-        return found.scores
 
     def _each(
         self,
@@ -173,7 +177,7 @@ class TokenAttribution(CaptumAttribution, ABC):
         raise NotImplementedError(f"attribute_future is not implemented for {type(self).__name__}")
 
     def has_convergence_delta(self) -> bool:
-        """False: the scores are shares of the model's own flow, not an approximation of a difference."""
+        """False: the scores are shares, which add up to nothing of the model's; see :mod:`flashtrace_captum.delta`."""
         return False
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from captum.log import log_usage
 
+from flashtrace_captum.delta import TellsDelta
 from flashtrace_captum.embeddings import TakesEmbeddings
 from flashtrace_captum.methods import MethodAttribution, options_for
 from flashtrace_plugin.methods import METHODS
@@ -44,8 +45,8 @@ def class_named(name: str) -> type[MethodAttribution]:
 
 @cache
 def class_of(method: type[Method]) -> type[MethodAttribution]:
-    """The Captum class of a method, always the same object. HETA also takes embeddings, by which it differentiates."""
-    base = TakesEmbeddings if issubclass(method, METHODS["heta"]) else MethodAttribution
+    """The Captum class of a method, always the same object."""
+    base = _base_of(method)
     members = {
         "method": method,
         "__init__": _constructor(method, base),
@@ -55,6 +56,13 @@ def class_of(method: type[Method]) -> type[MethodAttribution]:
     }
     made: Any = ABCMeta(method.__name__, (base,), members)
     return made
+
+
+def _base_of(method: type[Method]) -> type[MethodAttribution]:
+    """HETA also takes embeddings, by which it differentiates; a method that can conserve tells how well it does."""
+    if issubclass(method, METHODS["heta"]):
+        return TakesEmbeddings
+    return MethodAttribution if method.conserves is Method.conserves else TellsDelta
 
 
 def _constructor(method: type[Method], base: type[MethodAttribution]) -> Callable[..., None]:

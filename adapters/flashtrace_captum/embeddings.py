@@ -65,7 +65,7 @@ class TakesEmbeddings(MethodAttribution):
 
         def score(row: int, example: Example) -> Tensor:
             with _embedded(self.forward_func, ids[row, example.kept.slice], values[row, example.kept.slice]):
-                return self.example_scores(ids[row], example, **options)
+                return self.example_scores(ids[row], example, **options).scores
 
         scores = self._each(values, target, additional_forward_args, reasoning, score)
         spread = (single(scores) / values.shape[-1])[..., None].expand(*values.shape).clone()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,12 +15,14 @@ class Batches:
 
     size:   most items at once
     tick:   called with the number of items that each batch finished
+    shrunk: called with the number of items tried when memory ran out, before the next try; here one may warn and free
     done:   items finished so far
     halved: how often memory ran out
     """
 
     size: int
     tick: Callable[[int], object] | None = None
+    shrunk: Callable[[int], object] | None = None
     done: int = 0
     halved: int = 0
 
@@ -50,9 +51,8 @@ class Batches:
 
     def _halve(self, tried: int) -> None:
         self.size, self.halved = tried // 2, self.halved + 1
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        warnings.warn(f"out of memory with {tried} items in a batch; going on with {self.size}", stacklevel=3)
+        if self.shrunk is not None:
+            self.shrunk(tried)
 
     def _count(self, items: int) -> None:
         self.done += items

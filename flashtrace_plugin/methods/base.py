@@ -42,6 +42,15 @@ class Method(ABC):
     drives: ClassVar[Mapping[str, Any]] = driven(hops=1, recursion="reasoning", positions="token", ignore=())
     renormalises: ClassVar[bool] = False
 
+    @property
+    def conserves(self) -> bool:
+        """Whether what it finds adds up to what it explains, which :meth:`conservation_delta` then checks."""
+        return False
+
+    def conservation_delta(self, found: Attribution) -> float:
+        """All shares of an attribution of this method, less what they should add up to, in the unit of the latter."""
+        raise NotImplementedError(f"the method {self.name!r} conserves nothing that could be compared")
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         _check_options(cls)

@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from flashtrace_plugin.attribution import Attribution
 from flashtrace_plugin.core.recursion import Hop
 from flashtrace_plugin.errors import InputError
 from flashtrace_plugin.methods.base import Method
@@ -90,6 +91,17 @@ class LRP(Method):
     Options = LRPOptions
     drives = driven(hops="auto", recursion="reasoning", ignore=(), sinks="keep")
     options: LRPOptions
+
+    @property
+    def conserves(self) -> bool:
+        """Whether relevance and the shares of biases and positions add up to the objective: under rule "cp"."""
+        return self.options.rule == "cp"
+
+    def conservation_delta(self, found: Attribution) -> float:
+        """Signed relevance, bias share and position share of hop 0, less its objective."""
+        told = found.settings
+        relevance = float(found.components["relevance"].double().sum())
+        return relevance + told["bias_share"] + told["position_share"] - told["objective_value"]
 
     def start(self, task: Task) -> Step:
         """One forward pass, linearised; a hop is one backward pass."""

@@ -29,6 +29,9 @@ _PLACES = {
 }
 """How each host calls a method by its name or its class."""
 
+_PAGES = {"flashtrace": "how-it-works.md", "lrp": "lrp.md", "heta": "heta.md"}
+"""Methods that have a page of their own."""
+
 
 def page() -> str:
     """The whole page: one section for each of the package's own methods."""
@@ -39,10 +42,11 @@ def section(method: type[Method]) -> str:
     """What a method does, where it is found, and its options."""
     places = [[host, f"`{call.format(name=method.name, cls=method.__name__)}`"] for host, call in _PLACES.items()]
     options = [_row(one) for one in options_of(method)]
+    own = _PAGES.get(method.name)
     return "\n\n".join(
         [
             f"## {method.__name__}",
-            _described(method),
+            _described(method) + (f"\n\nWhat it does and does not say: [{own}]({own})." if own else ""),
             _table(["where", "how"], places),
             _table(["option", "default", "choices", "what it does"], options) + "\n",
         ]

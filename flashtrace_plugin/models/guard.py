@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -96,14 +98,26 @@ def _position_limit(model: PreTrainedModel) -> int | None:
     return None
 
 
+_evaluated: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+"""Modules that were in training mode, and how many calls, of any thread, want them in evaluation mode just now."""
+
+_lock = threading.Lock()
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Switches every module to evaluation, so that dropout cannot make the numbers random, and back again."""
-    training = [m for m in model.modules() if m.training]
-    try:
+    with _lock:
+        training = [m for m in model.modules() if m.training or m in _evaluated]
         for module in training:
+            _evaluated[module] = _evaluated.get(module, 0) + 1
             module.training = False
+    try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        with _lock:
+            for module in training:
+                _evaluated[module] -= 1
+                if not _evaluated[module]:
+                    del _evaluated[module]
+                    module.training = True

@@ -9,7 +9,4 @@ def advice(attribution: Attribution) -> str:
     """A sentence for results of the paper's FlashTrace, whose rows are already about the next token; else empty."""
     if attribution.method != "flashtrace" or attribution.settings.get("positions") != "token":
         return ""
-    return (
-        "The recommended method finds the evidence better: flashtrace_plugin.explain(…), or --method recommended; "
-        "see docs/recommended.md."
-    )
+    return "The method “recommended” finds the evidence better, see docs/recommended.md"

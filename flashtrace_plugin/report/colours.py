@@ -1,6 +1,6 @@
 """One colour scale for everything that is shaded: lightness alone carries the number, so it survives colour blindness
-and print, and one text colour stays readable (contrast of 4.5 and more, WCAG 2.2 AA) on every step of it. Where numbers
-have signs, the negative ones have a scale of the same lightness in blue, which nobody takes for the orange of the rest.
+and print, and one text colour stays readable (contrast of 4.5 and more, WCAG 2.2 AA) on every step of it. Negative
+numbers have a scale of the same lightness in blue, which colour-blind people tell from orange, too.
 """
 
 from __future__ import annotations

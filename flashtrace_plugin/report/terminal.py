@@ -13,11 +13,13 @@ from flashtrace_plugin.attribution import Attribution
 from flashtrace_plugin.report.advice import advice
 from flashtrace_plugin.report.flow import PARTS, hop_rows
 from flashtrace_plugin.report.marks import percent, shorten
-from flashtrace_plugin.report.tokens import signed, top_rows
+from flashtrace_plugin.report.tokens import TopRow, signed, top_rows
 
-_BAR, _TOKEN, _FIXED, _SIGN = 8, 14, 56, 5
-"""Widths: the longest bar, a token, all of a table but the text around its tokens, and the column of signs."""
-_COLUMNS: tuple[tuple[str, Literal["left", "right"]], ...] = (
+_BAR, _TOKEN, _FIXED = 8, 14, 56
+"""Widths: the longest bar, a token, and all of a table but the text around its tokens."""
+_Column = tuple[str, Literal["left", "right"]]
+_SIGN: _Column = ("sign", "right")
+_COLUMNS: tuple[_Column, ...] = (
     ("position", "right"),
     ("", "right"),
     ("token", "left"),
@@ -33,13 +35,15 @@ def print_attribution(
 ) -> None:
     """Prints what was explained, the strongest tokens of the prompt, and where each hop's mass lies.
 
-    Where the method knows signs, each token has one.
+    Where the method knows signs, each token has that of its direct relevance, before hops.
 
     top:      number of tokens
     evidence: positions of the prompt that are known to be the evidence, and what to call them
     """
     console.print(_headline(attribution), "\n", sep="")
     console.print(_top_table(attribution, top, evidence or {}, console.width))
+    if signed(attribution):
+        console.print(Text("sign: of its direct relevance; + supports the target, − speaks against it", "dim"))
     console.print()
     console.print(_hop_table(attribution))
     if advice(attribution):
@@ -55,24 +59,31 @@ def _headline(attribution: Attribution) -> Text:
 
 def _top_table(attribution: Attribution, count: int, evidence: Mapping[int, str], width: int = 80) -> Table:
     """The strongest tokens of the prompt, each between its neighbours, in a table of at most ``width`` columns."""
+    signs = signed(attribution)
     table = Table(title="Top tokens of the prompt", title_justify="left", box=None, pad_edge=False)
-    for name, justify in _COLUMNS:
+    for name, justify in [*_COLUMNS[:4], *[_SIGN] * signs, *_COLUMNS[4:]]:
         table.add_column(name, justify=justify, no_wrap=True)
     if evidence:
         table.add_column("evidence")
-    around = min(30, (width - _FIXED) // 2)
+    around = min(30, (width - _FIXED - (len(_SIGN[0]) + 1) * signs) // 2)
     for row in top_rows(attribution, evidence.keys(), count):
-        cells: list[str | Text] = [
-            str(row.position),
-            Text(row.before.strip()[-around:], "dim"),
-            Text(shorten(row.token, _TOKEN), "bold"),
-            Text(row.after.strip()[:around], "dim"),
-            f"{row.score:#.3g}",
-            percent(row.share),
-            "█" * max(1, round(_BAR * row.width)),
-        ]
-        table.add_row(*cells, *([evidence.get(row.position, "")] if evidence else []))
+        sign, known = [row.sign] * signs, [evidence.get(row.position, "")] * bool(evidence)
+        table.add_row(*_named(row, around), *sign, *_measured(row), *known)
     return table
+
+
+def _named(row: TopRow, around: int) -> list[str | Text]:
+    """Where a token is: its position, and itself between its neighbours."""
+    return [
+        str(row.position),
+        Text(row.before.strip()[-around:], "dim"),
+        Text(shorten(row.token, _TOKEN), "bold"),
+        Text(row.after.strip()[:around], "dim"),
+    ]
+
+
+def _measured(row: TopRow) -> list[str]:
+    return [f"{row.score:#.3g}", percent(row.share), "█" * max(1, round(_BAR * row.width))]
 
 
 def _hop_table(attribution: Attribution) -> Table:

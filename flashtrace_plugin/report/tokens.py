@@ -54,7 +54,7 @@ def _title(attribution: Attribution, position: int) -> str:
 
 
 @dataclass(frozen=True)
-class _TopRow:
+class TopRow:
     """One of the strongest tokens.
 
     before, after: the prompt around it
@@ -75,12 +75,12 @@ class _TopRow:
     sign: str
 
 
-def top_rows(attribution: Attribution, evidence: Set[int] = frozenset(), count: int = _TOP) -> list[_TopRow]:
+def top_rows(attribution: Attribution, evidence: Set[int] = frozenset(), count: int = _TOP) -> list[TopRow]:
     """The strongest tokens of the prompt, best first, those without a score left out."""
     whole = float(attribution.scores.sum())
     best = [t for t in attribution.top(count) if t.score > 0]
     return [
-        _TopRow(
+        TopRow(
             t.position,
             in_table(t.token),
             *_around(attribution, t.position),

@@ -19,7 +19,7 @@ from flashtrace_plugin.core.flow.layer import Layer
 from flashtrace_plugin.core.flow.pattern import weighted_flow
 from flashtrace_plugin.core.flow.proximity import proximity, source_proximity
 
-SINK = 10.0
+PARKED = 10.0
 """A position is a sink of attention if all queries together read it this many times as often as an even share."""
 
 
@@ -52,4 +52,4 @@ def attention_sinks(layers: Sequence[Layer], length: int) -> Tensor:
     for layer in layers:
         even = torch.ones(length, device=layer.v.device) / length
         mass += weighted_flow(layer.pattern, even, length).mean(0).cpu()
-    return mass > SINK * mass.sum() / length
+    return mass > PARKED * mass.sum() / length

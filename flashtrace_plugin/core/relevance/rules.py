@@ -34,7 +34,8 @@ from torch.overrides import TorchFunctionMode
 
 from flashtrace_plugin.core.relevance.attention import FrozenPattern, Masks
 from flashtrace_plugin.core.relevance.nodes import Frozen, FrozenLayerNorm, GatedProduct, Product, Scaled, frozen
-from flashtrace_plugin.core.relevance.table import TABLE
+from flashtrace_plugin.core.relevance.severed import mark, mixed_in, tensors
+from flashtrace_plugin.core.relevance.table import FROZEN, TABLE
 
 AttentionRule = Literal["cp", "attn"]
 
@@ -87,6 +88,7 @@ class Rules(TorchFunctionMode):
     positions: [leaf]  results of other embedding tables, as leaves of the graph
     heads:     calls of the head
     custom:    names of autograd functions that the model brought along, which no rule is known for
+    severed:   functions that relevance should have gone through, and that ran without gradients
     note:      told the results of fused attention while no graph is recorded
     known:     these results, in their order, when the same is run again with a graph
     """
@@ -99,20 +101,33 @@ class Rules(TorchFunctionMode):
         self.positions: list[Tensor] = []
         self.heads: list[HeadCall] = []
         self.custom: set[str] = set()
+        self.severed: set[str] = set()
         self.note: Callable[[Tensor], Any] | None = None
         self.known: Iterator[Tensor] = iter(())
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if not torch.is_grad_enabled():
-            return self._noted(func, func(*args, **kwargs))
+            return self._watched(func, args, kwargs, self._noted(func, func(*args, **kwargs)))
         if func in _UNTOUCHED:
             return func(*args, **kwargs)
         args = tuple([self._seen(a) for a in args])
         if kwargs:
             kwargs = {name: self._seen(a) for name, a in kwargs.items()}
         rule = TABLE.get(func)
-        return func(*args, **kwargs) if rule is None else rule(self, func, *args, **kwargs)
+        result = func(*args, **kwargs) if rule is None else rule(self, func, *args, **kwargs)
+        return self._watched(func, args, kwargs, result)
+
+    def _watched(self, func: Any, args: Any, kwargs: Any, result: Any) -> Any:
+        """Looks for numbers that come from the text without a graph, see :mod:`.severed`."""
+        operands, name = tensors(*args, *kwargs.values()), getattr(func, "__name__", "")
+        mark(name, operands, result, frozen=func in FROZEN)
+        for y, origin in mixed_in(operands, result):
+            y.register_hook(partial(self._met, origin))
+        return result
+
+    def _met(self, origin: str, grad: Tensor) -> None:
+        self.severed.add(origin)
 
     def _noted(self, func: Any, result: Any) -> Any:
         """Under rule "cp" the result of fused attention is all that its graph needs beyond q and k."""

@@ -277,3 +277,6 @@ def _table() -> dict[Any, Rule]:
 
 TABLE: dict[Any, Rule] = _table()
 """Rule of every torch function, tensor method and in-place method that is not linear as it stands."""
+
+FROZEN = {func for func, rule in TABLE.items() if rule in (_scale, _softmax)}
+"""Functions whose result is a constant on purpose."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -240,7 +241,7 @@ class Terms:
         before = self.tails.forwards
         with tqdm(total=total, desc=f"heta {name}", delay=_BAR_DELAY, disable=not self.progress, leave=False) as bar:
             largest = LARGEST_BATCH.get(self.tails.embeddings.device.type, 64)
-            batches = Batches(max(1, min(size, largest)), bar.update)
+            batches = Batches(max(1, min(size, largest)), bar.update, _make_room)
             with _fits_in_memory():
                 yield batches
         self.cost.forwards += self.tails.forwards - before
@@ -253,6 +254,13 @@ class Terms:
                 "weights, activations and gradients keep the model's own type; load it in bfloat16 or float32"
             )
         return values.float().cpu()
+
+
+def _make_room(tried: int) -> None:
+    """Says that memory ran out, and hands back what the failed batch had reserved."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    warnings.warn(f"out of memory with {tried} items in a batch; going on with {tried // 2}", stacklevel=4)
 
 
 @contextmanager

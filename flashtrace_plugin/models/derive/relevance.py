@@ -206,11 +206,20 @@ class Linearised:
         with _refusing(self.rules, self.runner):
             sources = [self.embeddings, *self.rules.positions]
             gradients = self.sweep.backward(self.top, cotangent.view_as(self.top), sources, see)
+        self._refuse_severed()
         tokens, *rest = (self._share(leaf, gradients.pop(leaf)) for leaf in (self.embeddings, *self.rules.positions))
         del self.rules.positions[known:]  # what blocks that are run again have looked up
         positions, biases = sum(float(p.sum()) for p in rest), pull.bias + self.rules.constants.take()
         gap = self._gap(pull.value, tokens, positions, biases)
         return Relevance(tokens, torch.stack(by_layer) if by_layer else None, positions, biases, pull.value, gap)
+
+    def _refuse_severed(self) -> None:
+        if self.rules.severed:
+            raise UnsupportedModelError(
+                f"{self.runner.name} computes a part of its output without gradients "
+                f"({', '.join(sorted(self.rules.severed))}), so that relevance cannot reach what it read; load it "
+                "unquantised, with attn_implementation='sdpa' or 'eager'"
+            )
 
     def _share(self, x: Tensor, gradient: Tensor | None) -> Tensor:
         """<gradient, x> per position, zero after the last row. x, gradient: [1, n, d]; result: [N]"""
@@ -229,10 +238,8 @@ class Linearised:
             return conservation(self.runner, self.ids[:, : min(self._stop, _CHECKED_TOKENS)])
         scale = max(abs(value), float(tokens.abs().sum()) + abs(positions) + abs(biases), 1e-30)
         gap = abs(value - float(tokens.sum()) - positions - biases) / scale
-        own = f" (it has autograd functions of its own: {', '.join(sorted(self.rules.custom))})" * bool(
-            self.rules.custom
-        )
-        _check(gap, self.embeddings.dtype, f"{self.runner.name} loses relevance while it is propagated{own}")
+        what = f"{self.runner.name} loses relevance while it is propagated{_own(self.rules)}"
+        _check(gap, self.embeddings.dtype, what)
         return gap
 
 
@@ -283,12 +290,15 @@ def conservation(runner: Runner, ids: Tensor) -> float:
 
 
 def _mark(model: nn.Module) -> Any:
-    """Changes with the weights, the type and the kernels of a model."""
-    configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
+    """Changes with the modules, the hooks, the weights, the type and the kernels of a model."""
+    modules = list(model.modules())
+    configs = {id(m.config): m.config for m in modules if isinstance(m, PreTrainedModel)}
     kernels = [
         getattr(c, n, None) for c in configs.values() for n in ("_attn_implementation", "_experts_implementation")
     ]
-    return hash((*[(p.data_ptr(), p._version, p.dtype) for p in model.parameters()], *kernels))
+    hooks = [number for m in modules for number in (*m._forward_pre_hooks, *m._forward_hooks)]
+    weights = [(p.data_ptr(), p._version, p.dtype) for p in model.parameters()]
+    return hash((*weights, *kernels, *hooks)), tuple(map(weakref.ref, modules))
 
 
 def _same(call: HeadCall, logits: Tensor) -> bool:

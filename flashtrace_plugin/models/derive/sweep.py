@@ -37,11 +37,11 @@ class Run:
     attention: list[Tensor] = field(default_factory=list)
 
     def again(self, rules: Rules) -> Tensor:
-        """Runs the block once more, with a graph."""
+        """Runs the block once more, with a graph; its own hooks did their part around it, and it is in ``x``."""
         args, kwargs = _with_hidden(self.args, self.kwargs, self.x.view_as(self.x))
         rules.known = iter(self.attention)
         with rules:
-            y = _hidden(self.block(*args, **kwargs))
+            y = _hidden(self.block.forward(*args, **kwargs))
         rules.known = iter(())
         return y
 
