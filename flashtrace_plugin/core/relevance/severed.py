@@ -40,7 +40,7 @@ def tensors(*values: Any) -> _Args:
     return found
 
 
-def is_severed(x: Tensor) -> bool:
+def _is_severed(x: Tensor) -> bool:
     return hasattr(x, "severed")
 
 
@@ -51,19 +51,19 @@ def mark(name: str, operands: _Args, result: Any, *, frozen: bool) -> None:
     frozen: whether a rule takes the result as a constant on purpose
     """
     sources = operands[1:] if name in _OVERWRITTEN else operands[:1] if name in _LIKE else operands
-    lost = not frozen and any(x.requires_grad or is_severed(x) for x in sources)
+    lost = not frozen and any(x.requires_grad or _is_severed(x) for x in sources)
     for y in tensors(operands[0] if name == "__setitem__" else result):
         if y.requires_grad:
             continue
         if name in _EMPTY or (lost and name not in _UNMARKED and _carries(y)):
             y.severed = name  # type: ignore[attr-defined]
-        elif name in _OVERWRITTEN and is_severed(y):
+        elif name in _OVERWRITTEN and _is_severed(y):
             delattr(y, "severed")
 
 
 def mixed_in(operands: _Args, result: Any) -> list[tuple[Tensor, str]]:
     """Results with a graph that have an operand of their own shape without one: these, and where it came from."""
-    severed = [x for x in operands if not x.requires_grad and is_severed(x)]
+    severed = [x for x in operands if not x.requires_grad and _is_severed(x)]
     return [
         (y, x.severed)  # type: ignore[attr-defined]
         for y in (tensors(result) if severed else [])
