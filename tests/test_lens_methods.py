@@ -108,7 +108,9 @@ def test_one_function_each_found_by_name():
     assert flashtrace_lens.lens_rollout is analysis_of(LensRollout)
     assert pickle.loads(pickle.dumps(flashtrace_lens.ifr)) is flashtrace_lens.ifr
     assert set(METHODS) <= set(dir(flashtrace_lens))
-    with pytest.raises(AttributeError, match="no attribute 'rollercoaster'; it has the methods recommended, flashtrace, ifr,"):
+    with pytest.raises(
+        AttributeError, match="no attribute 'rollercoaster'; it has the methods recommended, flashtrace, ifr,"
+    ):
         _ = flashtrace_lens.rollercoaster
 
 
