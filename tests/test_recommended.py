@@ -21,7 +21,7 @@ def test_explain_is_the_recommended_method_is_lrp_with_its_setting():
     model, tokenizer = tiny("qwen3"), tiny_tokenizer()
     found = explain(model, tokenizer, PROMPT, GENERATION)
     assert found == Recommended(model, tokenizer).attribute(PROMPT, GENERATION)
-    lrp = LRP(model, tokenizer, hops=1, **SETTING).attribute(PROMPT, GENERATION)
+    lrp = LRP(model, tokenizer, hops=1, sinks="drop", **SETTING).attribute(PROMPT, GENERATION)
     assert torch.equal(found.hop_scores, lrp.hop_scores) and found.method == "recommended"
     assert {name: found.settings[name] for name in SETTING} == SETTING
     direct = explain(model, tokenizer, PROMPT, GENERATION, target="garden", hops=0)
@@ -41,7 +41,9 @@ def test_the_command_line_runs_it_by_default(tmp_path):
 def test_it_is_the_product_of_its_readings():
     """sqrt(|R|) at the embeddings times sum over layers of (|R| + R+), for the target and for the generation."""
     model, ids = tiny("llama", seed=3), random_ids(30, seed=5)
-    found = Recommended(model, hops=0).attribute_ids(ids, prompt_length=12, target=(25, 29), reasoning=(14, 22))
+    found = Recommended(model, hops=0, sinks="keep").attribute_ids(
+        ids, prompt_length=12, target=(25, 29), reasoning=(14, 22)
+    )
     mass = torch.ones(30, dtype=torch.float64)
     for start, stop in ((25, 29), (12, 29)):
         weights = torch.zeros(30, dtype=torch.float64)

@@ -235,7 +235,15 @@ class Method(ABC):
         }
         through = _mask(len(kept), *followed[self.driving.recursion]) & kept
         sinks = self.driving.sinks if "sinks" in self.drives else "keep"
-        return Task(self.source, ids, prompt_length, target, reasoning, kept, chosen, through, shift, sinks, contexts)
+        special = torch.isin(ids[0].cpu(), torch.tensor(sorted(self._special_ids()), dtype=torch.long))
+        spans = (prompt_length, target, reasoning)
+        return Task(self.source, ids, *spans, kept, chosen, through, shift, sinks, special, contexts)
+
+    def _special_ids(self) -> set[int]:
+        """Ids that begin, end or pad a text, and all special tokens of the tokenizer."""
+        begins = (getattr(owner, "bos_token_id", None) for owner in (self.tokenizer, *self.source.configs()))
+        known = {i for i in begins if isinstance(i, int)} | self.end_ids()
+        return known | set(getattr(self.tokenizer, "all_special_ids", None) or ())
 
 
 def options_of(method: type[Method]) -> list[Declared]:

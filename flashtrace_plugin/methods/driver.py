@@ -74,13 +74,20 @@ def drive(name: str, begun: Step | Rows, task: Task, hops: Hops, *, renormalise:
 
 
 SINK = 10.0
-"""A position is a sink if it draws this many times its even share of the mass for the prompt's own tokens."""
+"""A position is a sink if it draws this many times its even share of the mass, for a spread of the prompt's tokens."""
 
 
 def _sinks(neutral: Hop, task: Task) -> Tensor:
-    """Positions of the prompt that draw mass whatever the target: here for its own tokens, all together. [N] bool"""
+    """Positions of the prompt that draw mass whatever the target, here for a spread of its own tokens. [N] bool
+
+    A word can be what many tokens rest on, so only special tokens are taken for sinks, and the first token if it draws
+    more than all others together.
+    """
     mass = neutral.alpha * (torch.arange(task.length) < task.prompt_length)
-    return mass > SINK * mass.sum() / task.prompt_length
+    mass = mass / mass.sum() if mass.sum() > 0 else mass
+    candidates = task.special.clone()
+    candidates[0] |= bool(mass[0] > 0.5)
+    return candidates & (mass > SINK / task.prompt_length)
 
 
 def _with_sinks(found: _Found, sinks: Tensor, first: Hop, task: Task) -> _Found:

@@ -25,13 +25,14 @@ class Recommended(LRP):
     """The recommended setting of LRP: what the target asks for, among what the generation rests on, all the way up.
 
     Importance is the product of four readings of one linearised pass (rule "attn"): relevance at the embeddings and
-    along all layers, for the target through one hop of reasoning and for the whole generation. docs/recommended.md
+    along all layers, for the target through one hop of reasoning and for the whole generation. Positions that draw
+    mass whatever the target are left out (``settings["sink_share"]`` tells how much they drew). docs/recommended.md
     shows how it was chosen and where it is worse. The setting may change between versions; results note all of it.
     """
 
     name = "recommended"
     Options = _RecommendedOptions
-    drives = driven(hops=1, recursion="reasoning", ignore=(), sinks="keep")
+    drives = driven(hops=1, recursion="reasoning", ignore=(), sinks="drop")
 
 
 def explain(
@@ -50,7 +51,7 @@ def explain(
     prompt, generation, target, reasoning: as for :meth:`flashtrace_plugin.Method.attribute`
     options:          settings of :class:`Recommended` to change, such as ``hops=0``
 
-    It costs one forward pass and, as backward passes cost about 1.2 to 1.9 forward passes, some 3 to 6 in all. Raises
+    It costs one forward pass and, as backward passes cost about 1.2 to 1.9 forward passes, some 3 to 7 in all. Raises
     what :meth:`~flashtrace_plugin.Method.attribute` raises.
     """
     method = Recommended(model, tokenizer, **options)

@@ -18,6 +18,10 @@ from flashtrace_plugin.errors import ClosureError
 from flashtrace_plugin.models.read.source import Source
 from flashtrace_plugin.spans import Span
 
+_NEUTRAL = 16
+"""Tokens of the prompt that serve as a neutral target: enough to ask for nothing in particular, and few enough that
+their logits cost little."""
+
 
 @dataclass(frozen=True)
 class Task:
@@ -30,6 +34,7 @@ class Task:
     through:   [N] bool  tokens that mass is followed through
     shift:     1 where the position to its left stands for a token, else 0
     sinks:     "keep", "report" or "drop", see the driver's option
+    special:   [N] bool  tokens that begin, end or pad a text or belong to a chat template
     contexts:  closed when the call ends; for what a method holds open from its start to its last hop
     """
 
@@ -43,6 +48,7 @@ class Task:
     through: Tensor
     shift: int
     sinks: str = "keep"
+    special: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
     contexts: ExitStack = field(default_factory=ExitStack)
     recorded: list[Recorded] = field(default_factory=list)
 
@@ -68,9 +74,14 @@ class Task:
 
     @cached_property
     def neutral(self) -> Tensor:
-        """Tokens of a target that asks for nothing, to measure sinks by: the prompt's own, less the first. [N] bool"""
-        positions = torch.arange(self.length)
-        return (positions > 0) & (positions < self.prompt_length) & (self.sinks != "keep")
+        """Tokens of a target that asks for nothing, to measure sinks by: some of the prompt's own, spread evenly.
+
+        result: [N] bool, none unless sinks are asked for; the first token is left out, because nothing predicts it
+        """
+        chosen = torch.zeros(self.length, dtype=torch.bool)
+        if self.sinks != "keep" and self.prompt_length > 1:
+            chosen[torch.linspace(1, self.prompt_length - 1, _NEUTRAL).round().long()] = True
+        return chosen
 
     @property
     def neutral_weights(self) -> Tensor:
