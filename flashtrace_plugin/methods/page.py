@@ -29,7 +29,12 @@ _PLACES = {
 }
 """How each host calls a method by its name or its class."""
 
-_PAGES = {"flashtrace": "how-it-works.md", "lrp": "lrp.md", "heta": "heta.md"}
+_PAGES = {
+    "recommended": "recommended.md",
+    "flashtrace": "how-it-works.md",
+    "lrp": "lrp.md",
+    "heta": "heta.md",
+}
 """Methods that have a page of their own."""
 
 
