@@ -39,7 +39,7 @@ def test_the_command_line_runs_it_by_default(tmp_path):
 
 
 def test_it_is_the_product_of_its_readings():
-    """sqrt(|R|) at the embeddings times sum over layers of (|R| + R+), for the target and for the generation."""
+    """|R| at the embeddings times sum over layers of (|R| + R+), for the target and for the generation."""
     model, ids = tiny("llama", seed=3), random_ids(30, seed=5)
     found = Recommended(model, hops=0, sinks="keep").attribute_ids(
         ids, prompt_length=12, target=(25, 29), reasoning=(14, 22)
@@ -49,7 +49,7 @@ def test_it_is_the_product_of_its_readings():
         weights = torch.zeros(30, dtype=torch.float64)
         weights[start:stop] = 1
         one = reference.relevance(model, ids, weights, rule="attn", objective="logit")
-        mass = mass * one.embedding.abs().sqrt() * (one.layers.abs() + one.layers.clamp(min=0)).sum(0)
+        mass = mass * one.embedding.abs() * (one.layers.abs() + one.layers.clamp(min=0)).sum(0)
     expected = mass / mass.sum()
     torch.testing.assert_close(found.hop_scores[0].double(), expected, rtol=1e-3, atol=1e-5)
 

@@ -53,7 +53,7 @@ class LRPOptions(Options):
     reading: str = option(
         "embeddings",
         "relevance at the token embeddings; summed over the residual stream that enters every layer; or the product "
-        "of the first's square root and, layer by layer, the mean of the second's magnitude and positive part",
+        "of the first and, layer by layer, the mean of the second's magnitude and positive part",
         choices=("embeddings", "layers", "product"),
     )
     context: str = option(
@@ -186,8 +186,7 @@ class _Run:
             return tokens
         if self.options.reading == "layers":
             return _mass(found.layers, self.options.mass).sum(0)
-        # Magnitudes at the embeddings of a deep model are the noisiest of all, so they count by their square root.
-        return tokens.sqrt() * (_mass(found.layers, "absolute") + _mass(found.layers, "positive")).sum(0)
+        return tokens * (_mass(found.layers, "absolute") + _mass(found.layers, "positive")).sum(0)
 
 
 def _generation(task: Task) -> Tensor:
