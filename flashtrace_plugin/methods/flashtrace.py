@@ -16,7 +16,7 @@ class FlashTrace(Method):
 
     Where an answer is one token, they are at chance: with two such answers in one generation, 46 % of the mass on
     the evidence lies on that of the right one, chance being 50 %, because a token's own position is already about the
-    next token. ``positions="predicting"`` with four hops has .80 there, ``Recommended`` .98; docs/recommended.md says
+    next token. ``positions="predicting"`` with four hops has .80 there, ``Recommended`` .99; docs/recommended.md says
     where else the latter finds the evidence better.
     """
 
