@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 import weakref
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.eval_frame import OptimizedModule
 from transformers import PreTrainedModel
 
 from flashtrace_plugin.errors import InputError, UnsupportedModelError
@@ -31,11 +33,39 @@ def check_model(model: object) -> PreTrainedModel:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no language-model head; load it with AutoModelForCausalLM"
         )
+    _check_inputs(model)
+    _check_in_memory(model)
     return model
 
 
+def _check_inputs(model: PreTrainedModel) -> None:
+    """Raises UnsupportedModelError for a model that is not a function of token ids alone."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    needed = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    others = [name for name in needed if name != "input_ids"]
+    if others:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be run on tokens alone: it needs {', '.join(others)}; pass the language "
+            "model inside it, such as model.language_model"
+        )
+    if not isinstance(getattr(model.get_input_embeddings(), "weight", None), Tensor):
+        raise UnsupportedModelError(f"{type(model).__name__} has no table of token embeddings")
+
+
+def _check_in_memory(model: PreTrainedModel) -> None:
+    """Weights on the meta device are numbers only where accelerate's hooks bring them in."""
+    empty = [name for name, weight in model.named_parameters() if weight.device.type == "meta"]
+    if empty and not any(hasattr(module, "_hf_hook") for module in model.modules()):
+        raise UnsupportedModelError(
+            f"{len(empty)} weights of {type(model).__name__} have no memory: {empty[0]} and others are on the meta "
+            "device, so there is nothing to attribute; load the model with from_pretrained(...)"
+        )
+
+
 def _unwrapped(model: Any) -> object:
-    """PEFT puts LoRA and its kin into the modules of the base model, which therefore computes all there is."""
+    """The model inside wrappers: torch.compile keeps it as it was, and PEFT puts LoRA and its kin into its modules."""
+    if isinstance(model, OptimizedModule):
+        return _unwrapped(model._orig_mod)
     if not hasattr(type(model), "get_base_model"):
         return model
     virtual = [name for name, config in model.peft_config.items() if config.is_prompt_learning]
@@ -44,7 +74,7 @@ def _unwrapped(model: Any) -> object:
             f"the PEFT adapter {virtual[0]!r} puts learned vectors before the prompt, which no token stands for; "
             "prompt and prefix tuning cannot be attributed, LoRA and its kin can"
         )
-    return model.get_base_model()
+    return _unwrapped(model.get_base_model())
 
 
 def check_ids(model: PreTrainedModel, input_ids: Tensor, *, padded: bool = False) -> Tensor:
@@ -77,7 +107,8 @@ def check_ids(model: PreTrainedModel, input_ids: Tensor, *, padded: bool = False
 def _check_unpadded(model: PreTrainedModel, ids: Tensor) -> None:
     """Left padding would be read as text. A padding id that also begins or ends texts is taken for the latter."""
     config = model.config.get_text_config()
-    pad, others = config.pad_token_id, (config.bos_token_id, config.eos_token_id)
+    # Families of long standing have configurations without these.
+    pad, *others = (getattr(config, f"{name}_token_id", None) for name in ("pad", "bos", "eos"))
     if pad is None or any(pad in (other if isinstance(other, list) else [other]) for other in others):
         return
     padding = int((ids != pad).cumsum(0).eq(0).sum())
@@ -93,7 +124,7 @@ def _position_limit(model: PreTrainedModel) -> int | None:
     config = model.config.get_text_config()
     for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
         limit = getattr(config, name, None)
-        if limit is not None:
+        if limit is not None and limit > 0:  # XLNet, which has no limit, says -1
             return int(limit)
     return None
 

@@ -30,7 +30,8 @@ from flashtrace_plugin.errors import ClosureError, InputError, UnsupportedModelE
 from flashtrace_plugin.models.derive.runner import HuggingFace as HuggingFace
 from flashtrace_plugin.models.derive.runner import Runner
 from flashtrace_plugin.models.derive.sweep import Sweep
-from flashtrace_plugin.models.guard import evaluating
+from flashtrace_plugin.models.modes import check_differentiable
+from flashtrace_plugin.models.user_hooks import original_of
 
 _CHECKED_TOKENS = 128
 """The logits of so many first tokens are compared with those of the untouched model, in every call."""
@@ -77,10 +78,11 @@ class Linearised:
         self.length, self._stop = ids.shape[1], ids.shape[1] if runner.whole else int(rows[-1]) + 1
         self.rules = Rules(rule, runner.table, runner.head)
         self.sweep = Sweep(runner.blocks, self.rules, memory_budget)
-        self._forward(self._stop if runner.whole else min(self._stop, _CHECKED_TOKENS))
+        self._checked = self._stop if runner.whole else min(self._stop, _CHECKED_TOKENS)
+        self._forward()
 
-    def _forward(self, checked: int) -> None:
-        ids = self.ids[:, : self._stop]
+    def _forward(self) -> None:
+        ids, checked = self.ids[:, : self._stop], self._checked
         with torch.no_grad():
             self.embeddings = self.runner.embed(ids).detach().requires_grad_()
         keep = torch.cat([self.rows, self.rows.new_tensor([checked - 1])]).unique()
@@ -235,7 +237,7 @@ class Linearised:
 
     def _gap(self, value: float, tokens: Tensor, positions: float, biases: float) -> float:
         if self.rule == "attn":
-            return conservation(self.runner, self.ids[:, : min(self._stop, _CHECKED_TOKENS)])
+            return conservation(self.runner, self.ids[:, : self._checked])
         scale = max(abs(value), float(tokens.abs().sum()) + abs(positions) + abs(biases), 1e-30)
         gap = abs(value - float(tokens.sum()) - positions - biases) / scale
         what = f"{self.runner.name} loses relevance while it is propagated{_own(self.rules)}"
@@ -259,17 +261,12 @@ def linearised(
     rule:          "cp" (the attention pattern is frozen) or "attn" (relevance goes through queries and keys as well)
     memory_budget: bytes that may be kept for backward passes; what does not fit is computed again in each of them
 
-    The model is left as it was: no parameter gets a gradient, no flag is changed.
+    No parameter gets a gradient.
     """
-    if any(p.is_inference() for p in runner.model.parameters()):
-        raise UnsupportedModelError(
-            f"the weights of {runner.name} were made in torch.inference_mode() and can have no backward pass; "
-            "load the model outside of it"
-        )
+    check_differentiable(runner.model, runner.name)
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(evaluating(runner.model))
         ids, rows = input_ids.clone(), rows.to(input_ids.device).clone()
         yield Linearised(runner, ids, rows, rule, memory_budget)
 
@@ -279,13 +276,13 @@ _conserving: weakref.WeakKeyDictionary[nn.Module, tuple[Any, float]] = weakref.W
 
 def conservation(runner: Runner, ids: Tensor) -> float:
     """Gap of the model under rule "cp" on a short text, for the likeliest next token. Kept until the model changes."""
-    mark = _mark(runner.model)
-    known = _conserving.get(runner.model)
+    model = original_of(runner.model)
+    mark, known = _mark(model), _conserving.get(model)
     if known is None or known[0] != mark:
         last = torch.tensor([ids.shape[1] - 1], device=ids.device)
         probe = Linearised(runner, ids, last, "cp", MEMORY_BUDGET)
         seed = torch.zeros_like(probe.logits).scatter_(1, probe.logits.argmax(-1, keepdim=True), 1.0)
-        known = _conserving[runner.model] = mark, probe.relevance_of(seed).gap
+        known = _conserving[model] = mark, probe.relevance_of(seed).gap
     return known[1]
 
 
@@ -311,7 +308,8 @@ def _check(gap: float, dtype: torch.dtype, what: str) -> None:
     if not gap <= bound:
         raise ClosureError(
             f"{what}: relative gap {gap:.1e}, bound {bound:.0e}. The model computes something that no rule is known "
-            "for; load it with attn_implementation='eager' or 'sdpa', in float32"
+            "for (load it with attn_implementation='eager' or 'sdpa', in float32), or a hook puts in what no token "
+            "brought"
         )
 
 
@@ -327,6 +325,8 @@ def _refusing(rules: Rules, runner: Runner) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
+        if error.__context__ is not None and not isinstance(error.__context__, Exception):
+            raise error.__context__ from None  # an interrupt, on whose way out torch stumbled
         if "memory" in str(error):
             raise
         raise UnsupportedModelError(

@@ -6,7 +6,6 @@ them again, one at a time, from what entered them: O(N d) per block. Both give t
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -47,7 +46,7 @@ class Run:
 
 
 class Sweep:
-    """Watches the blocks of a model during one forward pass in this thread.
+    """Watches the blocks of a view of a model during forward passes.
 
     blocks: in any order; a block may be called more than once
     rules:  the mode under which the model runs
@@ -60,20 +59,17 @@ class Sweep:
         self.kept = 0.0
         self._sizes: dict[Any, int] = {}
         self._outs, self._attention = Store(len(blocks)), Store(len(blocks))
-        self._thread = threading.get_ident()
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """The hooks see this thread's run only, and are gone on leaving, also after an error."""
+        """The hooks are gone on leaving, since a second sweep may watch the same blocks."""
         with ExitStack() as stack:
             for block in self.blocks:
                 stack.callback(block.register_forward_pre_hook(self._enter, with_kwargs=True).remove)
                 stack.callback(block.register_forward_hook(self._leave, prepend=True).remove)
             yield
 
-    def _enter(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
-        if threading.get_ident() != self._thread or kwargs is None:
-            return None  # another thread may see this hook half removed, then without the keyword arguments
+    def _enter(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with torch._C.DisableTorchFunction():
             entry = args[0] if args else kwargs["hidden_states"]
             x = entry.detach().requires_grad_()
@@ -87,8 +83,6 @@ class Sweep:
         return self.kept + self._sizes.get(_kind(block), 0) < self.budget
 
     def _leave(self, block: nn.Module, args: Any, output: Any) -> Any:
-        if threading.get_ident() != self._thread:
-            return None
         with torch._C.DisableTorchFunction():
             run, y = self.runs[-1], _hidden(output)
             if torch.is_grad_enabled():

@@ -1,16 +1,16 @@
-"""Queries, keys and values as attention really reads them, from the untouched model and its own kernel.
+"""Queries, keys and values as attention really reads them, from the model's own kernel.
 
 Transformers hands every attention module's ``q, k, v`` (after rotary embedding and norms), mask, scaling,
 soft cap and sinks to a function chosen by name. For each kernel a second name is registered, ``recorded_<kernel>``,
-which notes these and then calls the kernel itself, so the forward pass computes what it always computes.
+which notes these and then calls the kernel itself, so the forward pass computes what it always computes. A view of the
+model chooses that name; the user's model keeps its own.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +25,10 @@ from flashtrace_plugin.errors import UnsupportedModelError
 
 _PREFIX = "recorded_"
 
+_NOTE = "flashtrace_note"
+"""Attribute of an attention module that is recorded."""
+
 Note = Callable[[nn.Module, "AttentionCall"], None]
-_note: ContextVar[Note | None] = ContextVar("flashtrace_attention_note", default=None)
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def kernel(module: nn.Module, name: str) -> Callable[..., Any]:
 
 def _recorded(name: str) -> Callable[..., Any]:
     def attention(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, *args: Any, **options: Any) -> Any:
-        note = _note.get()
+        note = vars(module).get(_NOTE)
         if note is not None:
             note(module, AttentionCall(name, q, k, v, mask, options))
         return kernel(module, name)(module, q, k, v, mask, *args, **options)
@@ -72,22 +74,19 @@ def _register(name: str) -> str:
 
 
 @contextmanager
-def recording(model: PreTrainedModel, note: Note) -> Iterator[None]:
-    """While active, ``note`` sees what every attention module of ``model`` hands to its kernel.
-
-    The attention implementation of every configuration in the model is put back on leaving, also after an error.
-    """
-    configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
-    before = {key: config._attn_implementation for key, config in configs.items()}
-    token = _note.set(note)
+def recording(view: PreTrainedModel, notes: Mapping[nn.Module, Note]) -> Iterator[None]:
+    """While active, each note sees what its attention module of a view hands to its kernel."""
+    configs = {id(m.config): m.config for m in view.modules() if isinstance(m, PreTrainedModel)}
+    names = {key: _register(config._attn_implementation or "eager") for key, config in configs.items()}
+    for key, config in configs.items():  # only now, since a configuration hands its choice on to those inside it
+        config._attn_implementation = names[key]
+    for module, note in notes.items():
+        vars(module)[_NOTE] = note
     try:
-        for key, config in configs.items():
-            config._attn_implementation = _register(before[key] or "eager")
         yield
     finally:
-        for key, config in configs.items():
-            config._attn_implementation = before[key]
-        _note.reset(token)
+        for module in notes:  # a note that stays would hold its layer's activations in a circle
+            vars(module).pop(_NOTE, None)
 
 
 class MaskReader:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from flashtrace_plugin.core.flow.layer import Layer
 from flashtrace_plugin.core.flow.pattern import QKPattern
 from flashtrace_plugin.errors import ClosureError, UnsupportedModelError
 from flashtrace_plugin.models.read.attention import AttentionCall, MaskReader
-from flashtrace_plugin.models.read.layouts import Layout
+from flashtrace_plugin.models.read.layouts import Layout, Reader
 from flashtrace_plugin.models.read.projection import by_head
 
 
@@ -28,7 +28,7 @@ class BlockRecorder:
     def __init__(self, block: nn.Module, layout: Layout, rows: Tensor, name: str, masks: MaskReader) -> None:
         self.block, self.layout, self.rows, self.name, self.masks = block, layout, rows, name, masks
         self.attn = self.submodule(layout.attn)
-        self.post_gain = None if layout.post_norm is None else _gain(self.submodule(layout.post_norm))
+        self.post_gain = None if layout.post_norm is None else self._gain(layout.post_norm)
         self.seen: dict[str, Tensor] = {}
         self.pattern: QKPattern | None = None
 
@@ -44,27 +44,35 @@ class BlockRecorder:
                 "leaving it out would lose what flows through it, so the model is refused"
             ) from None
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Hooks are in place inside the context and gone after it, also after an error."""
-        with ExitStack() as stack:
-            for path, side, name in self._taps():
-                module = self.submodule(path)
-                place = module.register_forward_pre_hook if side == "input" else module.register_forward_hook
-                stack.callback(place(self._note(side, name), with_kwargs=True).remove)
-            if self.layout.reader is not None:
-                stack.enter_context(self.layout.reader(self.attn, self.attention))
-            yield
+    def watch(self, stack: ExitStack) -> None:
+        """Places hooks on the block, which is one of a view, and opens the layout's reader, until the stack closes."""
+        for path, side, name in self._taps():
+            module = self.submodule(path)
+            place = module.register_forward_pre_hook if side == "input" else module.register_forward_hook
+            # The block's own result is seen before the user's hooks change it, all else after.
+            stack.callback(place(self._note(side, name), with_kwargs=True, prepend=name == "written").remove)
+        if self.layout.reader is not None:
+            self._open(self.layout.reader, stack)
+
+    def _open(self, reader: Reader, stack: ExitStack) -> None:
+        try:
+            stack.enter_context(reader(self.attn, self.attention))
+        except AttributeError as error:
+            raise UnsupportedModelError(
+                f"{self.name}: {type(self.attn).__name__} is not what its layout's reader reads: {error}"
+            ) from error
 
     def _taps(self) -> Iterator[tuple[str, str, str]]:
         """(module, its input or output, name)"""
         yield "", "input", "resid_pre"
+        yield "", "output", "written"
         yield "", "output", "resid_post"
         if self.layout.mid is not None:
             yield self.layout.mid, "input", "resid_mid"
         else:
             yield self.layout.attn, "output", "attn_out"
-            yield self.layout.mlp, "output", "mlp_out"
+        for i, path in enumerate(self._mlp):
+            yield path, "output", f"mlp_out.{i}"
         if self.layout.post_norm is not None:
             yield self.layout.post_norm, "input", "norm_in"
             yield self.layout.post_norm, "output", "norm_out"
@@ -87,9 +95,7 @@ class BlockRecorder:
         return resid.reshape(-1, resid.shape[-1])[self.rows.to(resid.device)]
 
     def attention(self, module: nn.Module, call: AttentionCall) -> None:
-        """Notes what the block's attention module works with; others are not asked for."""
-        if module is not self.attn:
-            return
+        """Notes what the block's attention module works with."""
         rows = self.rows.to(call.q.device)
         first_key, bias = self.masks.read(call)
         self.seen["v"] = call.v.detach()[0].clone()
@@ -107,7 +113,9 @@ class BlockRecorder:
     def layer(self) -> Layer:
         """The record of this block. Raises UnsupportedModelError or ClosureError if the layout does not fit it."""
         pattern, seen = self._complete(), self.seen
-        W_O, b_O = by_head(self.submodule(self.layout.W_O), pattern.q.shape[0], seen["v"], self.name)
+        multiplier = self._multiplier(seen["resid_post"])
+        mid, mlp_out = self._branches(multiplier)
+        W_O, b_O = self._output(pattern.q.shape[0])
         return Layer(
             pattern=pattern,
             # Flash attention is given MLA's values padded to the width of its keys.
@@ -115,9 +123,10 @@ class BlockRecorder:
             W_O=W_O,
             b_O=b_O,
             resid_pre=seen["resid_pre"],
-            resid_mid=seen["resid_mid"] if self.layout.mid is not None else self._parallel_mid(),
+            resid_mid=mid,
             resid_post=seen["resid_post"],
-            post_gain=self._multiplier(W_O) if self.post_gain is None else self.post_gain,
+            mlp_out=mlp_out,
+            post_gain=multiplier if self.post_gain is None else self.post_gain,
             post_scale=seen.get("post_scale"),
             z_gate=None if self.layout.gate is None else _gate(seen["gate"], pattern.q.shape[0]),
         )
@@ -133,34 +142,81 @@ class BlockRecorder:
         missing = [name for _, _, name in self._taps() if name not in self.seen and not name.startswith("norm_")]
         if missing:
             raise UnsupportedModelError(f"{self.name} never showed its {', '.join(missing)}; its layout is wrong")
+        self._check_widths(self.pattern)
         return self.pattern
 
-    def _parallel_mid(self) -> Tensor:
-        """resid_pre + attention branch, once the block is known to add its two branches to the stream."""
-        pre, attn, mlp = (self.seen[name].float() for name in ("resid_pre", "attn_out", "mlp_out"))
-        post = self.seen["resid_post"]
-        size = sum(part.abs().sum(-1) for part in (pre, attn, mlp))
-        gap = float(((post.float() - pre - attn - mlp).abs().sum(-1) / size).max())
-        bound = closure_tolerance(post.dtype)
+    def _check_widths(self, pattern: QKPattern) -> None:
+        width = self.seen["resid_pre"].shape[-1]
+        gate = 2 * pattern.q.shape[0] * self.seen["v"].shape[-1]
+        for path, side, name in self._taps():
+            wanted, what = (gate, "queries and gates") if name == "gate" else (width, "the stream")
+            if name in self.seen and self.seen[name].shape[-1] != wanted:
+                raise UnsupportedModelError(
+                    f"{self._told(path)}: its {side} has {self.seen[name].shape[-1]} channels, where {what} need "
+                    f"{wanted}; its layout is wrong"
+                )
+
+    def _told(self, path: str) -> str:
+        """A part of the block, for errors."""
+        return f"{self.name}, {path!r}"
+
+    def _gain(self, path: str) -> Tensor:
+        """The gain of an RMS norm up to a factor, from what it makes of ones: w mostly, 1 + w in Gemma. [d]"""
+        norm = self.submodule(path)
+        weight = next(norm.parameters(), None)
+        if weight is None or weight.dim() != 1:
+            raise UnsupportedModelError(
+                f"{self._told(path)}, a {type(norm).__name__}, has no gain, so it is not the norm that its layout says"
+            )
+        ones = torch.ones(1, weight.shape[-1], dtype=torch.float32, device=weight.device)
+        with torch.no_grad():
+            return norm(ones)[0].float()
+
+    def _output(self, heads: int) -> tuple[Tensor, Tensor | None]:
+        """The output projection by head, which must fit what the heads have read and the stream they write to."""
+        v, path = self.seen["v"], self.layout.W_O
+        W_O, b_O = by_head(self.submodule(path), heads, v, self.name)
+        width = self.seen["resid_pre"].shape[-1]
+        if W_O.shape[1] > v.shape[-1] or W_O.shape[2] != width:
+            raise UnsupportedModelError(
+                f"{self._told(path)} maps {heads} heads of {W_O.shape[1]} channels to {W_O.shape[2]}, which is no "
+                f"output projection from {heads} heads of {v.shape[-1]} channels to {width}; its layout is wrong"
+            )
+        return W_O, b_O
+
+    @property
+    def _mlp(self) -> tuple[str, ...]:
+        """Paths of the modules that make up the MLP branch."""
+        return (self.layout.mlp,) if isinstance(self.layout.mlp, str) else self.layout.mlp
+
+    def _branches(self, multiplier: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Stream after attention and output of the MLP [r, d], once the block is known to add the two."""
+        written, pre = self.seen["written"], self.seen["resid_pre"].float()
+        mlp = torch.stack([self.seen[f"mlp_out.{i}"].float() for i in range(len(self._mlp))]).sum(0)
+        mlp = mlp if multiplier is None else mlp * multiplier.float()
+        mid = self.seen["resid_mid"].float() if self.layout.mid is not None else pre + self.seen["attn_out"].float()
+        size = pre.abs() + (mid - pre).abs() + mlp.abs()
+        gap = float(((written.float() - mid - mlp).abs().sum(-1) / size.sum(-1)).max())
+        bound = closure_tolerance(written.dtype)
         if not gap <= bound:
             raise ClosureError(
-                f"{self.name}: the block's output is not its input plus attention plus MLP (relative gap {gap:.1e}, "
-                f"bound {bound:.0e}), so it is not the parallel block that its layout says"
+                f"{self.name}: the block's output is not the stream after attention plus MLP (relative gap {gap:.1e}, "
+                f"bound {bound:.0e}). Its layout is wrong: other modules add to the stream (`mlp`), or it is read "
+                "elsewhere (`mid`); or a hook or a replaced method inside the block changes what it adds up"
             )
-        return (pre + attn).to(post.dtype)
+        mid = mid.to(written.dtype)
+        # What is left is the MLP's up to rounding, so only an edit can come between this and the next layer.
+        return mid, written.float() - mid.float()
 
-    def _multiplier(self, W_O: Tensor) -> Tensor | None:
+    def _multiplier(self, like: Tensor) -> Tensor | None:
         if self.layout.multiplier is None:
             return None
-        return W_O.new_full(W_O.shape[-1:], getattr(self.block, self.layout.multiplier))
-
-
-def _gain(norm: nn.Module) -> Tensor:
-    """The gain of an RMS norm up to a factor, from what it makes of ones: w in most families, 1 + w in Gemma. [d]"""
-    weight = next(norm.parameters())
-    ones = torch.ones(1, weight.shape[-1], dtype=torch.float32, device=weight.device)
-    with torch.no_grad():
-        return norm(ones)[0].float()
+        value = getattr(self.block, self.layout.multiplier, None)
+        if not isinstance(value, (int, float)):
+            raise UnsupportedModelError(
+                f"{self._told(self.layout.multiplier)} is no number to multiply a branch by: {type(value).__name__}"
+            )
+        return like.new_full(like.shape[-1:], value)
 
 
 def _scale(gain: Tensor | None, before: Tensor, after: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Streaming capture: one forward pass of the untouched model, noting what attribution needs and no more.
+"""Streaming capture: one forward pass of a view of the model, noting what attribution needs and no more.
 
 Kept per layer: queries and residual stream at the rows that may carry weight, keys and values at all
 positions. That is O(N d); no attention pattern is ever stored.
@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from flashtrace_plugin.core.flow.layer import Layer
-from flashtrace_plugin.errors import ClosureError, InputError, UnsupportedModelError
-from flashtrace_plugin.models.guard import evaluating
-from flashtrace_plugin.models.read.attention import AttentionCall, MaskReader, recording
+from flashtrace_plugin.errors import ClosureError, InputError
+from flashtrace_plugin.models.read.attention import MaskReader, recording
 from flashtrace_plugin.models.read.block import BlockRecorder
-from flashtrace_plugin.models.read.layouts import Layout, layout_for
+from flashtrace_plugin.models.read.layouts import Layout, layout_for, transformer_blocks
+from flashtrace_plugin.models.user_hooks import whole_text
+from flashtrace_plugin.models.view import view_of
 
 _CHECKED_TOKENS = 128
 """The first run of a model compares its logits with and without recording on this many tokens."""
@@ -37,36 +38,30 @@ def capture(model: PreTrainedModel, input_ids: Tensor, rows: Tensor) -> list[Lay
 
     Raises UnsupportedModelError for a family that is not in the table or a block that its layout does not fit,
     InputError for activations that are not finite, ClosureError when recording changes the model's logits or a
-    parallel block does not add up. The model is left as it was found.
+    parallel block does not add up. A view of the model is run, so the model is never touched.
     """
     layout = layout_for(model.config)
-    with torch.no_grad(), evaluating(model):
+    with torch.no_grad():
         if model not in _verified:
-            _verify_logits(model, input_ids[:, :_CHECKED_TOKENS])
-        recorders, _ = _record(model, layout, input_ids, rows)
+            _verify_logits(model, input_ids if whole_text(model) else input_ids[:, :_CHECKED_TOKENS])
+        recorders, _ = _record(view_of(model), layout, input_ids, rows)
         return [recorder.layer() for recorder in recorders]
 
 
 def _record(
-    model: PreTrainedModel, layout: Layout, input_ids: Tensor, rows: Tensor
+    view: PreTrainedModel, layout: Layout, input_ids: Tensor, rows: Tensor
 ) -> tuple[list[BlockRecorder], Tensor]:
-    masks, family = MaskReader(), _family_name(model)
+    masks, family = MaskReader(), _family_name(view)
     recorders = [
         BlockRecorder(block, layout, rows, f"{family}, layer {i}", masks)
-        for i, block in enumerate(_blocks(model, layout))
+        for i, block in enumerate(transformer_blocks(view))
     ]
-    by_module = {recorder.attn: recorder for recorder in recorders}
-
-    def note(module: nn.Module, call: AttentionCall) -> None:
-        if module in by_module:
-            by_module[module].attention(module, call)
-
     with ExitStack() as stack:
         if layout.reader is None:
-            stack.enter_context(recording(model, note))
+            stack.enter_context(recording(view, {recorder.attn: recorder.attention for recorder in recorders}))
         for recorder in recorders:
-            stack.enter_context(recorder.watching())
-        logits = _last_logits(model, input_ids)
+            recorder.watch(stack)
+        logits = _last_logits(view, input_ids)
     if not bool(torch.isfinite(logits).all()):
         raise InputError(
             "the model's activations are not finite (NaN or infinity in the logits); "
@@ -80,18 +75,6 @@ def _family_name(model: PreTrainedModel) -> str:
     return model.config.get_text_config().model_type
 
 
-def _blocks(model: PreTrainedModel, layout: Layout) -> list[nn.Module]:
-    try:
-        blocks = model.get_submodule(layout.blocks)
-    except AttributeError:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has no {layout.blocks!r}, where family {_family_name(model)!r} keeps its blocks. "
-            "If it is a multimodal model, register_layout(model.config.model_type, Layout(blocks=...)) says where "
-            "its text blocks are"
-        ) from None
-    return list(blocks.children())
-
-
 def _last_logits(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
     """Logits of the last position [vocabulary]; the others are never computed where the model can skip them."""
     options = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
@@ -100,10 +83,11 @@ def _last_logits(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
 
 def logit_gap(model: PreTrainedModel, input_ids: Tensor) -> float:
     """Largest difference between the last logits with and without recording, relative to the largest logit."""
-    with torch.no_grad(), evaluating(model):
-        plain = _last_logits(model, input_ids)
+    view = view_of(model)
+    with torch.no_grad():
+        plain = _last_logits(view, input_ids)
         last = torch.tensor([input_ids.shape[1] - 1])
-        _, recorded = _record(model, layout_for(model.config), input_ids, last)
+        _, recorded = _record(view, layout_for(model.config), input_ids, last)
     return float((plain - recorded).abs().max() / plain.abs().max())
 
 

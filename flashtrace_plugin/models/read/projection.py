@@ -33,6 +33,11 @@ def by_head(
             like = next(p for p in projection.parameters() if p.is_floating_point())
         width = getattr(projection, "in_features", n_heads * like.shape[-1])
         weight, bias = _probed(projection, width, like, name)
+    if len(weight) % n_heads:
+        raise UnsupportedModelError(
+            f"{name}: {_kind(projection)}, the output projection, takes {len(weight)} channels, which cannot be cut "
+            f"into {n_heads} heads; its layout is wrong"
+        )
     return weight.detach().unflatten(0, (n_heads, -1)), None if bias is None else bias.detach()
 
 
@@ -48,12 +53,24 @@ def _probed(projection: nn.Module, width: int, like: Tensor, name: str) -> tuple
     units = torch.eye(width + 1, width, dtype=like.dtype, device=like.device)
     z = torch.linspace(-1.5, 1.7, width, dtype=like.dtype, device=like.device)
     # One call, because kernels for low-bit weights treat a single row differently from many.
-    *rows, bias, seen = projection(torch.cat([units, z[None]])[None])[0].detach()
+    *rows, bias, seen = _applied(projection, torch.cat([units, z[None]])[None], name)[0].detach()
     weight = torch.stack(rows) - bias
     _check_affine(
         seen.float(), z.float() @ weight.float() + bias.float(), weight.dtype, f"{name}: {_kind(projection)}"
     )
     return weight, bias
+
+
+def _applied(projection: nn.Module, x: Tensor, name: str) -> Tensor:
+    try:
+        return projection(x)
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, RuntimeError) as error:
+        raise UnsupportedModelError(
+            f"{name}: {_kind(projection)}, the output projection, cannot be applied to what heads have read "
+            f"({error}); its layout is wrong"
+        ) from error
 
 
 def _check_affine(seen: Tensor, expected: Tensor, dtype: torch.dtype, name: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -23,6 +22,11 @@ class Source(Protocol):
         """The model's tokenizer, or None if it carries none."""
         ...
 
+    @property
+    def language_model(self) -> Any:
+        """The Hugging Face model that computes the logits, or None where no model is read."""
+        ...
+
     def check_ids(self, input_ids: Tensor) -> Tensor:
         """The ids as [1, N] where the model wants them; raises InputError for ids it cannot take."""
         ...
@@ -39,8 +43,8 @@ class Source(Protocol):
         """Configurations of the model that may name the tokens with which a text ends."""
         ...
 
-    def guarded(self) -> AbstractContextManager[None]:
-        """The model in evaluation mode while inside, and as it was found afterwards."""
+    def whole_text(self) -> bool:
+        """Whether the text after a position must be run, too, because it may change the numbers there."""
         ...
 
     def runner(self, input_ids: Tensor) -> Any:
@@ -49,14 +53,14 @@ class Source(Protocol):
 
 
 class _HuggingFaceSource:
-    """Streaming capture on the untouched model; see :mod:`flashtrace_plugin.models.read.capture`."""
+    """Streaming capture on views of the model; see :mod:`flashtrace_plugin.models.read.capture`."""
 
     tokenizer = None
 
     def __init__(self, model: Any) -> None:
         from flashtrace_plugin.models.guard import check_model
 
-        self.model = check_model(model)
+        self.model = self.language_model = check_model(model)
 
     def check_ids(self, input_ids: Tensor) -> Tensor:
         from flashtrace_plugin.models.guard import check_ids
@@ -79,10 +83,10 @@ class _HuggingFaceSource:
     def configs(self) -> list[Any]:
         return [self.model.config.get_text_config(), getattr(self.model, "generation_config", None)]
 
-    def guarded(self) -> AbstractContextManager[None]:
-        from flashtrace_plugin.models.guard import evaluating
+    def whole_text(self) -> bool:
+        from flashtrace_plugin.models.user_hooks import whole_text
 
-        return evaluating(self.model)
+        return whole_text(self.model)
 
     def runner(self, input_ids: Tensor) -> Any:
         from flashtrace_plugin.models.derive.relevance import HuggingFace
