@@ -126,7 +126,7 @@ class Bench:
     def __init__(self, model: PreTrainedModel, ids: Tensor, probes: int, sample: int) -> None:
         self.n, self.probes, self.sample = ids.shape[1], probes, sample
         self.slow = Loop(model, ids, 7)
-        self.target = WeightedTarget(ids, torch.ones(1), torch.tensor([7]))
+        self.target = WeightedTarget(ids, torch.ones(1), torch.tensor([7]), ids[:, :0])
         self.tails = Tails(model, ids, 1)
         self.X = self.tails.embeddings
 

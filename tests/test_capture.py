@@ -199,11 +199,17 @@ def test_a_block_that_does_not_close_is_named():
         attributed(model)
 
 
-def test_a_parallel_block_that_does_not_close_is_named():
-    model = tiny("cohere")
-    model.model.layers[2].register_forward_hook(lambda module, args, out: out * 1.01)
-    with pytest.raises(ClosureError, match=r"cohere, layer 2: the block's output is not its input plus attention"):
-        attributed(model)
+@pytest.mark.parametrize(
+    ("mlp", "message"),
+    [
+        ("input_layernorm", r"cohere, layer 0: the block's output is not the stream after attention plus MLP"),
+        ("mlp.up_proj", r"cohere, layer 0, 'mlp\.up_proj': its output has 48 channels"),
+    ],
+)
+def test_a_parallel_block_that_does_not_close_is_named(table, mlp, message):
+    register_layout("cohere", Layout(mid=None, mlp=mlp))
+    with pytest.raises((ClosureError, UnsupportedModelError), match=message):
+        attributed(tiny("cohere"))
 
 
 def test_a_kernel_that_changes_when_recorded_is_refused():
@@ -284,8 +290,13 @@ def test_the_text_model_inside_a_multimodal_model():
 def test_a_wrong_layout_is_refused(table):
     model = tiny("gemma2")
     for layout, error in (
-        (Layout(), r"gemma2, layer \d: attention's parts do not add up"),
-        (Layout(mid="mlp"), r"gemma2, layer \d: attention's parts do not add up"),
+        (Layout(), r"gemma2, layer \d: the block's output is not the stream after attention plus MLP"),
+        (Layout(mid="mlp"), r"gemma2, layer \d: the block's output is not"),
+        (Layout(mlp="post_feedforward_layernorm"), r"gemma2, layer \d: the block's output is not"),
+        (
+            Layout(mid="pre_feedforward_layernorm", mlp="post_feedforward_layernorm"),
+            r"gemma2, layer \d: attention's parts do not add up",
+        ),
         (Layout(blocks="decoder.layers"), "Gemma2ForCausalLM has no 'decoder.layers'"),
         (Layout(mid="norm_2"), "layer 0 has no 'norm_2', only self_attn"),
     ):

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from flashtrace_plugin import IFR, ClosureError, FlashTrace, RecursiveAttribution, Span
 from flashtrace_plugin.core.flow import pattern as pattern_module
+from flashtrace_plugin.core.flow import proximity as proximity_module
 from flashtrace_plugin.core.flow.pattern import QKPattern, StoredPattern, pattern_rows, weighted_flow
 from flashtrace_plugin.core.flow.proximity import proximity, source_proximity
 from flashtrace_plugin.core.recursion import recurse
@@ -185,6 +186,17 @@ def test_flow_in_blocks_is_the_weighted_column_sum(monkeypatch):
 def test_blocked_proximity_is_the_proximity_of_every_contribution():
     torch.manual_seed(0)
     flow, v, W_O, t = torch.rand(3, 4, 50), torch.randn(2, 50, 8), torch.randn(4, 8, 24), torch.randn(3, 24)
+    c = torch.einsum("bhj,hjd,hdm->bhjm", flow, v.repeat_interleave(2, 0), W_O)
+    close(source_proximity(flow, v, W_O, t), proximity(c, t[:, None, None]))
+
+
+@pytest.mark.parametrize("scale", [0.01, 3.0, 30.0, 1e4])
+def test_channels_in_which_nothing_exceeds_the_target_are_passed_over_exactly(scale, monkeypatch):
+    monkeypatch.setattr(proximity_module, "_BLOCK_BYTES", 1)
+    torch.manual_seed(1)
+    flow, v, W_O = torch.rand(2, 4, 50) ** 4, torch.randn(2, 50, 8), torch.randn(4, 8, 24)
+    t = scale * torch.randn(2, 24)
+    t[:, ::7] *= 1e-5
     c = torch.einsum("bhj,hjd,hdm->bhjm", flow, v.repeat_interleave(2, 0), W_O)
     close(source_proximity(flow, v, W_O, t), proximity(c, t[:, None, None]))
 

@@ -24,6 +24,7 @@ from flashtrace_plugin.methods.heta import ABLATIONS, PRESETS, terms
 from flashtrace_plugin.methods.heta.terms import WeightedTarget, mask_vector
 from flashtrace_plugin.models.derive import blockwise
 from flashtrace_plugin.models.derive.blockwise import BlockedLayer
+from flashtrace_plugin.models.derive.runner import HuggingFace
 from flashtrace_plugin.models.derive.tails import Tails, twice_differentiable
 from flashtrace_plugin.models.read.capture import capture
 from tests.reference import heta as reference
@@ -238,7 +239,7 @@ def test_a_linear_function_has_no_curvature():
 
 @pytest.mark.parametrize("mask", ["zero", "mean", "token"])
 def test_information_against_a_plain_loop(problem, mask):
-    replacement = mask_vector(problem.model, mask, 5, IDS.device)
+    replacement = mask_vector(HuggingFace(problem.model), mask, 5, IDS.device)
     with torch.no_grad():
         values = information(
             problem.tails.log_probs,

@@ -154,8 +154,8 @@ def test_a_method_takes_a_cache(bridge, result):
 
 def test_names_filter_selects_what_is_needed_and_no_more(bridge):
     _, cache = bridge.run_with_cache(IDS, names_filter=names_filter)
-    assert len(cache) == 6 * len(bridge.blocks)
-    assert not any("mlp" in name or "scores" in name for name in cache.cache_dict)
+    assert len(cache) == 7 * len(bridge.blocks)
+    assert not any("mlp.hook" in name or "scores" in name for name in cache.cache_dict)
 
 
 def test_unprocessed_compatibility_mode_gives_the_same_numbers(model, result):

@@ -33,17 +33,19 @@ from typing import Any
 from torch import Tensor
 
 from flashtrace_lens.result import FlashTraceResult
-from flashtrace_lens.sources import as_ids, checked_bridge
-from flashtrace_plugin.errors import InputError, MethodError
+from flashtrace_lens.sources import as_ids, checked_bridge, padding
+from flashtrace_plugin.errors import InputError, MethodError, SpanError
 from flashtrace_plugin.methods.base import Method, options_of
 from flashtrace_plugin.methods.flashtrace import FlashTrace
 from flashtrace_plugin.positions import Positions, as_span, prompt_before
+from flashtrace_plugin.spans import Span
 
 _DOC = """{about}
 
 Args:
     bridge: A ``TransformerBridge`` whose weights have not been processed.
-    tokens: Prompt and generation: a text, or token ids [pos] or [1, pos].
+    tokens: Prompt and generation: a text, or token ids [pos] or [1, pos]. Padding at the beginning, where it is
+        unmistakable, is left out; positions count in what is given, the result's in the text without it.
     target: What to explain: positions, or a piece of the generation. By default the answer, which needs
         ``prompt_length`` and the bridge's tokenizer.
     reasoning: What to follow importance through, between prompt and target; by default the thinking before the
@@ -78,7 +80,13 @@ def analysis_of(method: type[Method]) -> Callable[..., FlashTraceResult]:
         **options: Any,
     ) -> FlashTraceResult:
         run = method(_readable(bridge, cache), **options)
-        ids = run.source.check_ids(as_ids(bridge, tokens))[0]
+        given = as_ids(bridge, tokens).flatten()
+        padded = padding(bridge, given)
+        ids = run.source.check_ids(given[padded:])[0]
+        if padded:
+            target = _behind(padded, "target", target, len(given))
+            reasoning = _behind(padded, "reasoning", reasoning, len(given))
+            prompt_length = None if prompt_length is None else prompt_length - padded
         if prompt_length is None:
             prompt_length = _prompt_before(target, reasoning, len(ids))
         text = run.read_ids(ids, prompt_length)
@@ -97,6 +105,16 @@ def _readable(bridge: Any, cache: Any) -> Any:
     if cache is not None and getattr(cache, "model", None) is not bridge:
         raise InputError("cache must be the ActivationCache of this very bridge, as bridge.run_with_cache returns it")
     return bridge if cache is None else cache
+
+
+def _behind(padded: int, name: str, where: Any, length: int) -> Any:
+    """Positions of the padded ids as those of the text without padding; all else is looked for in the text anyway."""
+    if not isinstance(where, (int, tuple, list, slice, Span, Tensor)):
+        return where
+    span = as_span(name, where, length)
+    if span.start < padded:
+        raise SpanError(f"{name} {span} begins on the padding, which ends before position {padded} of {length}")
+    return Span(span.start - padded, span.stop - padded)
 
 
 def _prompt_before(target: Positions | str | None, reasoning: Positions | str | None, length: int) -> int:

@@ -23,6 +23,7 @@ _HOOK_POINTS = {
     "resid_mid": "hook_resid_mid",
     "attn_out": "hook_attn_out",
     "resid_post": "hook_resid_post",
+    "mlp_out": "hook_mlp_out",
     "v": "attn.hook_v",
     "pattern": "attn.hook_pattern",
     "post_scale": "ln1_post.hook_scale",
@@ -37,9 +38,9 @@ _OPTIONAL = {"resid_mid", "attn_out", "post_scale", "gate"}
 def names_filter(name: str) -> bool:
     """Whether attribution needs this hook point: ``bridge.run_with_cache(tokens, names_filter=names_filter)``.
 
-    These are ``hook_resid_pre``, ``hook_resid_mid`` (``hook_attn_out`` in parallel blocks), ``hook_resid_post``,
-    ``attn.hook_v`` and ``attn.hook_pattern`` of every block, ``ln1_post.hook_scale`` where a norm follows attention,
-    ``attn.hook_q_gate`` where heads are gated.
+    These are ``hook_resid_pre``, ``hook_resid_mid`` (``hook_attn_out`` in parallel blocks), ``hook_mlp_out``,
+    ``hook_resid_post``, ``attn.hook_v`` and ``attn.hook_pattern`` of every block, ``ln1_post.hook_scale`` where a norm
+    follows attention, ``attn.hook_q_gate`` where heads are gated.
     """
     return name.startswith("blocks.") and name.split(".", 2)[-1] in _HOOK_POINTS.values()
 
@@ -94,6 +95,7 @@ class BridgeBlock:
             resid_pre=pre,
             resid_mid=parts["resid_mid"] if "resid_mid" in parts else pre + parts["attn_out"],
             resid_post=parts["resid_post"],
+            mlp_out=parts["mlp_out"],
             post_gain=self._post_gain(W_O.shape[-1], pre),
             post_scale=parts.get("post_scale"),
             z_gate=parts["gate"].sigmoid().unflatten(-1, W_O.shape[:2]).transpose(0, 1) if "gate" in parts else None,
@@ -104,7 +106,7 @@ class BridgeBlock:
             norm = self.module.ln1_post
             return norm.weight.detach() + 1 if norm.uses_weight_offset else norm.weight.detach()
         multiplier = getattr(self.module, "residual_contribution_scale", 1.0)
-        return None if multiplier == 1 else torch.full((width,), multiplier, device=like.device)
+        return None if multiplier == 1 else torch.full((width,), multiplier, dtype=torch.float32, device=like.device)
 
 
 def blocks_of(bridge: Any) -> list[BridgeBlock]:

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from flashtrace_lens.capture import quiet
+from flashtrace_lens.hooks import users_hooks
 from flashtrace_plugin.errors import ClosureError, FlashTraceError, UnsupportedModelError
-from flashtrace_plugin.models.guard import check_model, evaluating
+from flashtrace_plugin.models.guard import check_model
+from flashtrace_plugin.models.view import view_of
 
 _COMPARED_TOKENS = 128
 """Logits are compared on at most this many tokens."""
@@ -38,8 +39,8 @@ def bridge_for(model: PreTrainedModel, tokenizer: Any = None) -> Any:
     """
     from transformer_lens.model_bridge.sources import build_bridge_from_module
 
-    shadow = _shadow(check_model(model))
-    name = type(model).__name__
+    model = check_model(model)  # the base model of a PEFT wrapper, with its adapters inside
+    shadow, name = _shadow(model), type(model).__name__
     try:
         bridge = build_bridge_from_module(
             shadow,
@@ -96,14 +97,15 @@ def verify(bridge: Any, input_ids: Tensor, *, reference: PreTrainedModel | None 
     A bridge under hooks is meant to differ, so the comparison waits for a call without any. It is left out where the
     weights are not plain tensors of the model's own layout (quantised, LoRA). Raises ClosureError with the gap.
     """
-    if bridge in _agreeing or _hooked(bridge):
+    if bridge in _agreeing or users_hooks(bridge):
         return
     model = plain_model(bridge) if reference is None else reference
     if model is None:
         return
     ids = input_ids[:, :_COMPARED_TOKENS]
-    with quiet(bridge), evaluating(model):
-        ours, theirs = bridge(ids, use_cache=False).float(), model(input_ids=ids, use_cache=False).logits.float()
+    with torch.no_grad():
+        ours = view_of(bridge)(ids, use_cache=False).float()
+        theirs = view_of(model)(input_ids=ids, use_cache=False).logits.float()
     gap, bound = float((ours - theirs).abs().max() / theirs.abs().max()), _tolerance(ours, model)
     if not gap <= bound:
         raise ClosureError(
@@ -117,12 +119,6 @@ def verify(bridge: Any, input_ids: Tensor, *, reference: PreTrainedModel | None 
 def _tolerance(logits: Tensor, model: PreTrainedModel) -> float:
     # The two run different attention kernels, whose rounding differs.
     return {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2}.get(model.dtype, 5e-2)
-
-
-def _hooked(bridge: Any) -> bool:
-    """Whether the user has hooks on the bridge; TransformerLens wires some models with hooks of its own."""
-    handles = (handle for point in bridge.hook_dict.values() for handle in point.fwd_hooks)
-    return any(not str(getattr(h.user_hook, "__module__", "")).startswith("transformer_lens") for h in handles)
 
 
 def plain_model(bridge: Any) -> PreTrainedModel | None:
@@ -140,6 +136,8 @@ def plain_model(bridge: Any) -> PreTrainedModel | None:
         plain = type(wrapped)._from_config(config, dtype=wrapped.dtype)
     for path, module in plain.named_modules():
         source = _below_bridge(wrapped, path)
+        if path and type(source) is not type(module):
+            return None
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
                 found = None if tensor is None else getattr(source, name, None)

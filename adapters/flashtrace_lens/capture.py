@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from flashtrace_lens.blocks import BridgeBlock, blocks_of
+from flashtrace_lens.hooks import check_edits, users_hooks
 from flashtrace_plugin.core.flow.layer import Layer
 from flashtrace_plugin.errors import InputError, UnsupportedModelError
-from flashtrace_plugin.models.guard import evaluating
+from flashtrace_plugin.models.view import view_of
 
 KEPT_BYTES = 64 << 20
 """Rows of all layers' patterns are kept up to this size, or that of one whole pattern, whichever is more: the bridge
@@ -67,7 +68,7 @@ class _HookedPattern:
             seen.append(self.block.pick("pattern", pattern, wanted))
 
         args, kwargs = self.call
-        with quiet(self.bridge), self.bridge.hooks(fwd_hooks=[(self.block.hooks["pattern"], take)]):
+        with torch.no_grad(), self.bridge.hooks(fwd_hooks=[(self.block.hooks["pattern"], take)]):
             self.block.module.attn(*args, **kwargs)
         return seen[0]
 
@@ -78,15 +79,20 @@ def capture_bridge(bridge: Any, input_ids: Tensor, rows: Tensor) -> list[Layer]:
     input_ids: [1, N]
     rows:      [r]     positions that may carry weight, increasing
 
-    The user's own hooks stay in place and are seen by the attribution; ours are gone afterwards, also after an error.
+    The user's own hooks are seen by the attribution; ours are on a view of the bridge, which is what runs. Raises
+    ClosureError for a hook that changes what cannot be divided.
     """
+    hooked = users_hooks(bridge)
+    bridge = view_of(bridge)
     blocks = blocks_of(bridge)
     kept = rows[len(rows) - _kept_rows(bridge, len(blocks), input_ids.shape[1], len(rows)) :]
     notes = [_Notes() for _ in blocks]
     hooks = [hook for block, note in zip(blocks, notes, strict=True) for hook in _hooks(block, note, rows, kept)]
-    with quiet(bridge), _attention_calls(blocks, notes), bridge.hooks(fwd_hooks=hooks):
+    with torch.no_grad(), _attention_calls(blocks, notes), bridge.hooks(fwd_hooks=hooks):
         _check_finite(_last_logits(bridge, input_ids))
-    return [_layer(bridge, block, note, rows) for block, note in zip(blocks, notes, strict=True)]
+    layers = [_layer(bridge, block, note, rows) for block, note in zip(blocks, notes, strict=True)]
+    check_edits(bridge, blocks, layers, hooked)
+    return layers
 
 
 def _kept_rows(bridge: Any, n_layers: int, length: int, n_rows: int) -> int:
@@ -117,20 +123,6 @@ def _attention_calls(blocks: list[BridgeBlock], notes: list[_Notes]) -> Iterator
     with ExitStack() as stack:
         for block, own in zip(blocks, notes, strict=True):
             stack.callback(block.module.attn.register_forward_pre_hook(note(own), with_kwargs=True).remove)
-        yield
-
-
-@contextmanager
-def evaluating_bridge(bridge: Any) -> Iterator[None]:
-    """The bridge and the modules it wraps in evaluation mode, and as they were found afterwards."""
-    with evaluating(bridge), evaluating(bridge.original_model):
-        yield
-
-
-@contextmanager
-def quiet(bridge: Any) -> Iterator[None]:
-    """No gradients and no dropout, as long as it lasts."""
-    with torch.no_grad(), evaluating_bridge(bridge):
         yield
 
 

@@ -25,17 +25,19 @@ class FlashTraceResult:
         hop_scores:       [hop, pos]                importance of every token, hop by hop
         heads:            [hop, layer, head]        share of each head in its layer's stream (Eq. 19);
                                                     HETA: in the flow of its gate
-        components:       [hop, 1 + 2 layers]       who wrote the span's final stream, see below; sums to 1
+        components:       [hop, 1 + 2 layers]       who wrote the span's final stream, see below; sums to 1. Where
+                          [hop, 1 + 3 layers]       hooks changed the stream between layers, these are components too
         reasoning_mass:   [hop]                     share of each hop's importance that lies on the reasoning (Eq. 11)
         token_labels:     "text_position" of every token
         head_labels:      "L0H0", ..., as ``heads[hop].flatten()``
-        component_labels: "embed", "0_attn_out", "0_mlp_out", ..., as ``components[hop]``
+        component_labels: "embed", "0_attn_out", "0_mlp_out", ("0_edit",) ..., as ``components[hop]``
         closure_error:    largest relative gap between the parts and the whole, over layers
         attribution:      the same as the package's own record, to save or to show as HTML
 
     Components divide the final stream from the last layer down: the MLP takes its share (Eq. 21), attention its share
     of the rest (Eq. 19), what bypasses both comes from the layer below, and what bypasses all layers is "embed" (token
-    and position embeddings together).
+    and position embeddings together). What hooks at ``hook_resid_post`` or ``hook_resid_pre`` put into the stream is
+    "0_edit" and so on, a share of the layer's output beside the MLP's.
     """
 
     scores: Tensor
@@ -58,7 +60,8 @@ class FlashTraceResult:
         """
         components = found.stream_shares
         _, n_layers, n_heads = found.head_scores.shape
-        sublayers = [f"{i // 2}_{('attn_out', 'mlp_out')[i % 2]}" for i in range(components.shape[1] - 1)]
+        written = ["attn_out", "mlp_out", *(["edit"] if "edit_shares" in found.components else [])]
+        sublayers = [f"{layer}_{part}" for layer in range(found.mlp_shares.shape[1]) for part in written]
         return cls(
             scores=found.scores,
             hop_scores=found.hop_scores,

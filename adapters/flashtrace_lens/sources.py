@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,12 +9,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from flashtrace_lens.blocks import BridgeBlock, blocks_of
-from flashtrace_lens.boot import is_verified, plain_model, verify
-from flashtrace_lens.capture import capture_bridge, evaluating_bridge
+from flashtrace_lens.boot import is_verified, verify
+from flashtrace_lens.capture import capture_bridge
 from flashtrace_plugin.core.flow.layer import Layer
 from flashtrace_plugin.core.flow.pattern import StoredPattern
 from flashtrace_plugin.errors import InputError, UnsupportedModelError
 from flashtrace_plugin.models.guard import check_ids
+from flashtrace_plugin.models.user_hooks import hooked, whole_text
+from flashtrace_plugin.models.view import view_of
+
+_SAME_TEXT = 1e-3
+"""Largest relative difference between two runs of the embeddings, which are looked up and added."""
 
 
 class _BridgeSource:
@@ -28,13 +31,10 @@ class _BridgeSource:
         self.bridge = checked_bridge(bridge)
         self.tokenizer = bridge.tokenizer
 
-    @cached_property
-    def model(self) -> PreTrainedModel | None:
-        """The plain Hugging Face model with the bridge's weights, for methods that differentiate (HETA).
-
-        Hooks on the bridge do not reach it. None where the weights are not plain tensors (quantised, LoRA).
-        """
-        return plain_model(self.bridge)
+    @property
+    def language_model(self) -> PreTrainedModel:
+        """The bridge's own, with its hook points: it computes what the bridge does."""
+        return self.bridge.original_model
 
     def check_ids(self, input_ids: Tensor) -> Tensor:
         return check_ids(self.bridge.original_model, input_ids)
@@ -66,8 +66,8 @@ class _BridgeSource:
         wrapped = self.bridge.original_model
         return [wrapped.config.get_text_config(), getattr(wrapped, "generation_config", None)]
 
-    def guarded(self) -> AbstractContextManager[None]:
-        return evaluating_bridge(self.bridge)
+    def whole_text(self) -> bool:
+        return hooked(self.bridge) or whole_text(self.bridge.original_model)
 
 
 class _CacheSource(_BridgeSource):
@@ -91,9 +91,25 @@ class _CacheSource(_BridgeSource):
         if lengths != {ids.shape[1]}:
             raise InputError(
                 f"the cache holds {sorted(lengths)} positions, the sequence has {ids.shape[1]}; cache the same tokens "
-                "that are attributed (a text gets its beginning-of-sequence token in both), without pos_slice"
+                "that are attributed (a text gets its beginning-of-sequence token in both), without pos_slice and "
+                "without padding"
             )
+        self._check_text(ids)
         return ids
+
+    def _check_text(self, ids: Tensor) -> None:
+        """Raises InputError unless what the cache says entered the first layer is what these ids make of it."""
+        with torch.no_grad():
+            expected = view_of(self.bridge)(ids, stop_at_layer=0)[0].float()
+        found = self._activation(self.blocks[0], "resid_pre")[0].to(expected)
+        differs = (found - expected).abs().sum(-1) > _SAME_TEXT * expected.abs().sum(-1)
+        if bool(differs.any()):
+            at = int(differs.nonzero()[0])
+            raise InputError(
+                f"the cache is of another text: from position {at} on, what entered layer 0 is not what token "
+                f"{int(ids[0, at])} makes of it now (bound {_SAME_TEXT:.0e}); cache the tokens that are attributed. A "
+                "cache that was filled under a hook at the embeddings is read under the same hook only"
+            )
 
     def layers(self, input_ids: Tensor, rows: Tensor) -> list[Layer]:
         verify(self.bridge, input_ids)
@@ -149,9 +165,37 @@ def checked_bridge(bridge: Any) -> Any:
 
 
 def as_ids(bridge: Any, tokens: Any) -> Tensor:
-    """Token ids of a text as the bridge tokenizes it, or the ids themselves."""
-    if not isinstance(tokens, str):
-        return torch.as_tensor(tokens)
-    if bridge.tokenizer is None:
-        raise InputError("this bridge has no tokenizer; pass token ids instead of a text")
-    return bridge.to_tokens(tokens)
+    """Token ids of a text as the bridge tokenizes it, or the ids themselves. Raises InputError for several texts."""
+    if isinstance(tokens, str):
+        if bridge.tokenizer is None:
+            raise InputError("this bridge has no tokenizer; pass token ids instead of a text")
+        return bridge.to_tokens(tokens)
+    rows = tokens if isinstance(tokens, (list, tuple)) else ()
+    texts = any(isinstance(row, str) for row in rows)
+    if texts or (len(rows) > 1 and any(isinstance(row, (list, tuple)) or getattr(row, "ndim", 0) for row in rows)):
+        raise _several(len(rows))
+    ids = torch.as_tensor(tokens)
+    if ids.dim() == 2 and len(ids) > 1:
+        raise _several(len(ids))
+    return ids
+
+
+def _several(count: int) -> InputError:
+    return InputError(
+        f"tokens holds {count} texts; pass one text at a time: [flashtrace(bridge, one, ...) for one in tokens]"
+    )
+
+
+def padding(bridge: Any, ids: Tensor) -> int:
+    """How many ids [N] at the beginning are padding beyond doubt.
+
+    Where the padding id also begins texts, the last of several is taken for the beginning; where it also ends them,
+    one alone may be meant.
+    """
+    owner = bridge.tokenizer or bridge.original_model.config.get_text_config()
+    if owner.pad_token_id is None:
+        return 0
+    leading = int((ids != owner.pad_token_id).cumsum(0).eq(0).sum())
+    if owner.pad_token_id == owner.bos_token_id:
+        return max(0, leading - 1)
+    return 0 if owner.pad_token_id == owner.eos_token_id and leading == 1 else leading

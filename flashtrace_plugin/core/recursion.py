@@ -19,6 +19,7 @@ class Hop:
     head_shares:     [L, H]   share of each head, or None
     residual_shares: [L]      share of the residual bypass, or None
     mlp_shares:      [L]      share of the MLP in the layer's output (Eq. 21), or None
+    edit_shares:     [L]      share of what something else put into the layer's output; None: nothing did, in any hop
     closure_error:   largest relative gap between the parts read from the model and the whole; None: not measured
     components:      parts of alpha by name, or numbers beside it; those of hop 0 are kept in the result
     facts:           what the run took, noted in the result's settings
@@ -28,6 +29,7 @@ class Hop:
     head_shares: Tensor | None = None
     residual_shares: Tensor | None = None
     mlp_shares: Tensor | None = None
+    edit_shares: Tensor | None = None
     closure_error: float | None = None
     components: Mapping[str, Tensor] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)

@@ -27,7 +27,8 @@ def _gap(layer: Layer, weights: Tensor, stop: int) -> Tensor:
     w = layer.attention_weights(weights)
     flow, v = read_values(layer, w, stop)
     t, r = row_sum(weights[None], layer.resid_mid), row_sum(weights[None], layer.resid_pre)
-    return closure_gap(layer, w[None], flow[None], v, layer.output_map(), t, r)
+    attention = closure_gap(layer, w[None], flow[None], v, layer.output_map(), t, r)
+    return torch.maximum(attention, mlp_gap(layer, weights[None], t))
 
 
 def read_values(layer: Layer, w: Tensor, stop: int) -> tuple[Tensor, Tensor]:
@@ -50,10 +51,20 @@ def closure_gap(layer: Layer, w: Tensor, flow: Tensor, v: Tensor, W_O: Tensor, t
     z = torch.einsum("bgqj,gjd->bgqd", flow.unflatten(1, (-1, group)), v.float()).flatten(1, 2)
     parts = torch.einsum("bhd,hdm->bm", z, W_O) + w.sum(-1)[:, None] * layer.output_bias()
     write = (t - r).abs().sum(-1)
-    return ((t - r - parts).abs().sum(-1) / (write + _closure_floor(layer) * t.abs().sum(-1))).max()
+    return ((t - r - parts).abs().sum(-1) / (write + closure_floor(layer) * t.abs().sum(-1))).max()
 
 
-def _closure_floor(layer: Layer) -> float:
+def mlp_gap(layer: Layer, weights: Tensor, t: Tensor) -> Tensor:
+    """How far stream, MLP and edits are from the layer's output, over the size of what the MLP writes.
+
+    weights: [B, rows]; t: [B, d], the weighted stream after attention
+    """
+    u, m = row_sum(weights, layer.resid_post), row_sum(weights, layer.mlp_out)
+    e = 0.0 if layer.edit is None else row_sum(weights, layer.edit)
+    return ((u - t - m - e).abs().sum(-1) / (m.abs().sum(-1) + closure_floor(layer) * u.abs().sum(-1))).max()
+
+
+def closure_floor(layer: Layer) -> float:
     """The share of the stream below which an attention write drowns in the stream's own rounding."""
     return {torch.float64: 1e-2, torch.float32: 1e-2, torch.float16: 5e-2}.get(layer.resid_mid.dtype, 0.25)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from flashtrace_plugin.core.flow.closure import closure_gap, last_position, read_values, row_sum
+from flashtrace_plugin.core.flow.closure import closure_gap, last_position, mlp_gap, read_values, row_sum
 from flashtrace_plugin.core.flow.layer import Layer
 from flashtrace_plugin.core.flow.pattern import pattern_rows
 from flashtrace_plugin.core.flow.proximity import proximity, source_proximity
@@ -26,6 +26,7 @@ class Shares:
     head_shares:     [B, L, H]
     residual_shares: [B, L]
     mlp_shares:      [B, L]     Eq. 21, reported beside the token scores
+    edit_shares:     [B, L]     share of what something else put into the layer's output; None: nothing did
     closure_error:   float      largest relative gap of the decomposition over layers
     worst_layer:     int        the layer with that gap
     """
@@ -34,6 +35,7 @@ class Shares:
     head_shares: Tensor
     residual_shares: Tensor
     mlp_shares: Tensor
+    edit_shares: Tensor | None
     closure_error: float
     worst_layer: int
 
@@ -44,6 +46,7 @@ class Shares:
             head_shares=torch.einsum("b,blh->lh", weights, self.head_shares),
             residual_shares=weights @ self.residual_shares,
             mlp_shares=weights @ self.mlp_shares,
+            edit_shares=None if self.edit_shares is None else weights @ self.edit_shares,
             closure_error=self.closure_error,
         )
 
@@ -54,6 +57,7 @@ class _LayerShares:
     heads: Tensor
     residual: Tensor
     mlp: Tensor
+    edit: Tensor
     gap: Tensor
 
 
@@ -64,7 +68,7 @@ def one_hop(layers: Sequence[Layer], weights: Tensor, length: int) -> Shares:
     length:  N        scores of positions after the last weighted one are exactly 0
     """
     stop = last_position(layers[0], weights) + 1
-    return _assemble((_aggregate_shares(layer, weights, stop) for layer in layers), length, stop)
+    return _assemble(layers, [_aggregate_shares(layer, weights, stop) for layer in layers], length, stop)
 
 
 def row_hops(layers: Sequence[Layer], rows: Tensor, length: int) -> Shares:
@@ -81,6 +85,7 @@ def row_hops(layers: Sequence[Layer], rows: Tensor, length: int) -> Shares:
         head_shares=torch.cat([b.head_shares for b in blocks]),
         residual_shares=torch.cat([b.residual_shares for b in blocks]),
         mlp_shares=torch.cat([b.mlp_shares for b in blocks]),
+        edit_shares=None if worst.edit_shares is None else torch.cat([b.edit_shares for b in blocks]),  # type: ignore
     )
 
 
@@ -89,14 +94,15 @@ def _row_block(layers: Sequence[Layer], rows: Tensor, length: int) -> Shares:
 
     def shares(layer: Layer) -> _LayerShares:
         if layer.z_gate is not None:  # the gate makes v W_O differ from row to row
-            return _joined([_aggregate_shares(layer, w, stop) for w in torch.eye(len(layer.resid_pre))[rows]])
+            ones = torch.eye(len(layer.resid_pre), dtype=torch.float32)[rows]
+            return _joined([_aggregate_shares(layer, w, stop) for w in ones])
         here = rows.to(layer.v.device)
         weights = torch.nn.functional.one_hot(here, len(layer.resid_pre)).float()
         w = layer.attention_weights(weights)
         flow = pattern_rows(layer.pattern, here, stop) * w.sum(-1)[:, None, None]
         return _layer_shares(layer, weights, w, flow, layer.v[:, :stop])
 
-    return _assemble(map(shares, layers), length, stop)
+    return _assemble(layers, [shares(layer) for layer in layers], length, stop)
 
 
 def _aggregate_shares(layer: Layer, weights: Tensor, stop: int) -> _LayerShares:
@@ -113,6 +119,7 @@ def _joined(rows: Sequence[_LayerShares]) -> _LayerShares:
         heads=torch.cat([row.heads for row in rows]),
         residual=torch.cat([row.residual for row in rows]),
         mlp=torch.cat([row.mlp for row in rows]),
+        edit=torch.cat([row.edit for row in rows]),
         gap=torch.stack([row.gap for row in rows]).max(),
     )
 
@@ -127,20 +134,22 @@ def _layer_shares(layer: Layer, weights: Tensor, w: Tensor, flow: Tensor, v: Ten
     residual = proximity(r, t)
     total = heads.sum((1, 2)) + residual
     total = torch.where(total > 0, total, 1.0)
-    mlp, bypass = proximity(u - t, u), proximity(t, u)
-    gap = closure_gap(layer, w, flow, v, W_O, t, r)
+    e = torch.zeros_like(u) if layer.edit is None else row_sum(weights, layer.edit)
+    mlp, edit, bypass = proximity(u - t - e, u), proximity(e, u), proximity(t, u)
+    written = mlp + edit + bypass
+    written = torch.where(written > 0, written, 1.0)
+    gap = torch.maximum(closure_gap(layer, w, flow, v, W_O, t, r), mlp_gap(layer, weights, t))
     return _LayerShares(
         tokens=heads.sum(1) / total[:, None],
         heads=heads.sum(2) / total[:, None],
         residual=residual / total,
-        mlp=mlp / torch.where(mlp + bypass > 0, mlp + bypass, 1.0),
+        mlp=mlp / written,
+        edit=edit / written,
         gap=gap,
     )
 
 
-def _assemble(layers: Iterable[_LayerShares], length: int, stop: int) -> Shares:
-    shares = list(layers)
-
+def _assemble(layers: Sequence[Layer], shares: Sequence[_LayerShares], length: int, stop: int) -> Shares:
     def stack(name: str) -> Tensor:
         return torch.stack([getattr(s, name).cpu() for s in shares], 1)
 
@@ -150,6 +159,7 @@ def _assemble(layers: Iterable[_LayerShares], length: int, stop: int) -> Shares:
         head_shares=stack("heads"),
         residual_shares=stack("residual"),
         mlp_shares=stack("mlp"),
+        edit_shares=None if all(layer.edit is None for layer in layers) else stack("edit"),
         closure_error=float(gaps.max()),
         worst_layer=int(gaps.argmax()),
     )

@@ -19,6 +19,7 @@ class Layer:
 
         z^h_i = z_gate^h_i ⊙ sum_j A^h[i,j] v^h_j
         resid_mid_i = resid_pre_i + post_scale_i * post_gain ⊙ ( b_O + sum_h z^h_i W_O^h )
+        resid_post_i = resid_mid_i + mlp_out_i + edit_i
 
     pattern:    rows of A       see :class:`~flashtrace_plugin.core.flow.pattern.Pattern`
     v:          [H_kv, N, d_h]  values that attention reads, KV heads not repeated
@@ -27,9 +28,12 @@ class Layer:
     resid_pre:  [rows, d]       residual stream before attention
     resid_mid:  [rows, d]       after attention
     resid_post: [rows, d]       after the MLP
+    mlp_out:    [rows, d]       what the MLP adds to the stream, as it was seen
     post_gain:  [d]             gain of a norm after attention, or a constant multiplier; None: 1
     post_scale: [rows]          1/rms of that norm, taken from the forward pass; None: 1
     z_gate:     [H, rows, d_h]  multiplies what a head has read, before the output projection (Qwen3-Next); None: 1
+    edit:       [rows, d]       what else was put into the stream before the next layer reads it; None: nothing. See
+                                :func:`flashtrace_plugin.core.flow.edits.with_edits`
     """
 
     pattern: Pattern
@@ -39,9 +43,11 @@ class Layer:
     resid_pre: Tensor
     resid_mid: Tensor
     resid_post: Tensor
+    mlp_out: Tensor
     post_gain: Tensor | None = None
     post_scale: Tensor | None = None
     z_gate: Tensor | None = None
+    edit: Tensor | None = None
 
     @property
     def n_heads(self) -> int:
@@ -59,6 +65,6 @@ class Layer:
     def output_bias(self) -> Tensor:
         """b_O with the post-norm gain folded in, float32. result: [d]"""
         if self.b_O is None:
-            return torch.zeros(self.W_O.shape[-1], device=self.W_O.device)
+            return torch.zeros(self.W_O.shape[-1], dtype=torch.float32, device=self.W_O.device)
         b_O = self.b_O.float()
         return b_O if self.post_gain is None else b_O * self.post_gain.float()

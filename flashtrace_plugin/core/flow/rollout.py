@@ -4,7 +4,8 @@
     rho_below[j] = ( e_j + r_j ) / ( sum e + sum r )
 
 ALTI's aggregation (Ferrando et al. 2022) with the span trick: one weighted flow and one projection per layer, whatever
-the number of weighted positions. Mass 1 is kept on the way.
+the number of weighted positions. Mass 1 is kept on the way, but for the shares of edits of the stream, which no
+position has brought there.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from flashtrace_plugin.core.flow.closure import read_values
+from flashtrace_plugin.core.flow.edits import unedited
 from flashtrace_plugin.core.flow.layer import Layer
 from flashtrace_plugin.core.flow.pattern import weighted_flow
 from flashtrace_plugin.core.flow.proximity import proximity, source_proximity
@@ -29,12 +31,16 @@ def span_rollout(layers: Sequence[Layer], weights: Tensor, sinks: Tensor) -> Ten
     layers:  with all of n positions recorded
     weights: [n]       at the top, at least one above 0
     sinks:   [n] bool  positions that pass nothing on: what they would take is divided among the others
-    result:  [n]       sum 1, float32 on the CPU
+    result:  [n]       sum 1 without edits, float32 on the CPU
     """
-    rho = weights.float() / weights.sum()
+    rho, kept = weights.float() / weights.sum(), 1.0
     for layer in reversed(layers):
-        rho = _below(layer, rho.to(layer.v.device), sinks.to(layer.v.device))
-    return rho.cpu()
+        rho = unedited(layer, rho.to(layer.v.device))
+        kept *= 1.0 if layer.edit is None else float(rho.sum())
+        if not kept:
+            break
+        rho = _below(layer, rho, sinks.to(layer.v.device))
+    return rho.cpu() * kept
 
 
 def _below(layer: Layer, rho: Tensor, sinks: Tensor) -> Tensor:
@@ -48,8 +54,8 @@ def _below(layer: Layer, rho: Tensor, sinks: Tensor) -> Tensor:
 
 def attention_sinks(layers: Sequence[Layer], length: int) -> Tensor:
     """Positions on which attention parks: read far more often than others by all queries together. [length] bool"""
-    mass = torch.zeros(length)
+    mass = torch.zeros(length, dtype=torch.float32)
     for layer in layers:
-        even = torch.ones(length, device=layer.v.device) / length
+        even = torch.ones(length, dtype=torch.float32, device=layer.v.device) / length
         mass += weighted_flow(layer.pattern, even, length).mean(0).cpu()
     return mass > PARKED * mass.sum() / length

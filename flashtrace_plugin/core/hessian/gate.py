@@ -36,7 +36,7 @@ def flow_mass(layers: Sequence[Layer], weights: Tensor) -> Tensor:
         flow = weighted_flow(layer.pattern, rho, len(rho))
         scaled = layer.attention_weights(rho)
         written = flow if scaled is rho else weighted_flow(layer.pattern, scaled, len(rho))
-        mass.append((written * _value_norms(layer)).cpu())
+        mass.append((written * _value_norms(layer, len(rho))).cpu())
         rho = (rho + flow.mean(0)) / 2
     return torch.stack(mass[::-1])
 
@@ -51,13 +51,13 @@ def per_head_mass(layers: Sequence[Layer], weights: Tensor) -> Tensor:
     result:  [L, H, N]  Phi^(l,h)[i] |v^h_i W_O^h|_1, float32
     """
     heads, length = layers[0].n_heads, len(weights)
-    rows = torch.empty(0, heads, length)
+    rows = torch.empty(0, heads, length, dtype=torch.float32)
     for layer in reversed(layers):
         device = layer.v.device
         start = layer.attention_weights(weights.float().to(device)).expand(1, heads, length)
         rows = torch.cat([start, rows.to(device)])
         rows = (rows + _stacked_flow(layer.pattern, rows)) / 2
-    norms = torch.stack([_value_norms(layer).to(rows.device) for layer in layers])
+    norms = torch.stack([_value_norms(layer, length).to(rows.device) for layer in layers])
     return (rows * norms).cpu()
 
 
@@ -73,11 +73,11 @@ def _stacked_flow(pattern: Pattern, weights: Tensor) -> Tensor:
     return flow
 
 
-def _value_norms(layer: Layer) -> Tensor:
-    """|v^h_i W_O^h|_1 for the values that attention reads, post-norm gain folded in. result: [H, N], float32"""
+def _value_norms(layer: Layer, length: int) -> Tensor:
+    """|v^h_i W_O^h|_1 for the first values that attention reads, post-norm gain folded in. result: [H, length]"""
     W_O = layer.output_map()
     group = layer.n_heads // layer.v.shape[0]
-    norms = [(layer.v[h // group].float() @ W_O[h]).abs().sum(-1) for h in range(layer.n_heads)]
+    norms = [(layer.v[h // group, :length].float() @ W_O[h]).abs().sum(-1) for h in range(layer.n_heads)]
     return torch.stack(norms)
 
 

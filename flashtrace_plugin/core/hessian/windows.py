@@ -24,7 +24,7 @@ def window_mean(length: int, spans: list[Window], component: Callable[[int, int]
     component: (a, b) -> values of positions a..b   [b - a]
     result:    [length]
     """
-    total, count = torch.zeros(length), torch.zeros(length)
+    total, count = torch.zeros(2, length, dtype=torch.float32)
     for a, b in spans:
         values = component(a, b).cpu()
         total = total.to(values.dtype)

@@ -27,7 +27,6 @@ from flashtrace_plugin.methods.heta.terms import Cost, Curvature, Gate, Terms, W
 from flashtrace_plugin.methods.options import driven, one_of
 from flashtrace_plugin.methods.task import Recorded, Task
 from flashtrace_plugin.models.derive.memory import peak_memory
-from flashtrace_plugin.models.guard import evaluating
 
 
 class HETA(Method):
@@ -40,6 +39,7 @@ class HETA(Method):
     name = "heta"
     Options = HETAOptions
     drives = driven(hops=0, recursion="reasoning", ignore=())
+    explains_steps = False  # its terms are scaled by the target's, and cost as much for each step as for a target
     options: HETAOptions
 
     def __init__(self, model: Any, tokenizer: Any = None, **options: Any) -> None:
@@ -84,7 +84,8 @@ class HETA(Method):
 
     def _pad_token(self) -> int | None:
         config = self.model.config.get_text_config()
-        known = (getattr(self.tokenizer, "pad_token_id", None), config.pad_token_id, config.eos_token_id)
+        owners = ((self.tokenizer, "pad"), (config, "pad"), (config, "eos"))
+        known = (getattr(owner, f"{name}_token_id", None) for owner, name in owners)
         token = next((i for i in known if i is not None), None)
         return token[0] if isinstance(token, list) else token
 
@@ -101,7 +102,9 @@ class _Run:
     """HETA on one sequence: what its hops share."""
 
     def __init__(self, method: HETA, task: Task) -> None:
-        self.method, self.model, self.options, self.task = method, method.model, method.options, task
+        self.method, self.options, self.task = method, method.options, task
+        self.runner = task.source.runner(task.input_ids)
+        self.model = self.runner.model
         self.began, self.cost = time.perf_counter(), Cost()
         self.mass: Tensor | None = None
         self.recorded: Recorded | None = None
@@ -114,8 +117,7 @@ class _Run:
         task = self.task
         first = self.mass is None
         n = task.target.start if first else int(weights.nonzero()[-1])
-        with evaluating(self.model):
-            hop = self._pass(weights if first else weights / weights.sum(), n)
+        hop = self._pass(weights if first else weights / weights.sum(), n)
         total = hop.alpha.sum()
         if self.mass is None:
             self.mass = total
@@ -153,7 +155,7 @@ class _Run:
         if options.curvature is None and options.mask is None:
             return {}
         terms = Terms(
-            self.model,
+            self.runner,
             target,
             n,
             last_layers=None if options.curvature is None else options.last_layers,
@@ -168,7 +170,7 @@ class _Run:
             components["curvature"] = terms.curvature(how, spans)
         if options.mask is not None:
             token, device = self.method.mask_token, target.input_ids.device
-            components["information"] = terms.information(mask_vector(self.model, options.mask, token, device))
+            components["information"] = terms.information(mask_vector(self.runner, options.mask, token, device))
         return components
 
     def _combined(self, components: dict[str, Tensor]) -> Tensor:
@@ -220,10 +222,9 @@ def _by_maximum(term: Tensor) -> Tensor:
 
 
 def _differentiable_model(source: Any) -> PreTrainedModel:
-    model = getattr(source, "model", None)
+    model = source.language_model
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
-            f"HETA differentiates a Hugging Face model, got {type(model or source).__name__}; pass the model that a "
-            "TransformerBridge was booted from"
+            f"HETA differentiates a Hugging Face model or a TransformerBridge, got {type(model or source).__name__}"
         )
     return model

@@ -28,6 +28,7 @@ from flashtrace_plugin.core.hessian.windows import Window, window_mean
 from flashtrace_plugin.errors import InputError, UnsupportedModelError
 from flashtrace_plugin.models.derive.blockwise import applies
 from flashtrace_plugin.models.derive.memory import forward_bytes, graph_bytes, product_bytes
+from flashtrace_plugin.models.derive.runner import Runner
 from flashtrace_plugin.models.derive.tails import Tails, twice_differentiable
 
 LARGEST_BATCH = {"cpu": 8}
@@ -52,11 +53,13 @@ class WeightedTarget:
     input_ids: [1, N]  the sequence before the last weighted token
     weights:   [r]     of the last r of these positions, which predict the tokens
     next_ids:  [r]     the tokens they predict
+    later_ids: [1, M]  the rest of the text, which changes nothing unless a hook counts from its end
     """
 
     input_ids: Tensor
     weights: Tensor
     next_ids: Tensor
+    later_ids: Tensor
 
     @classmethod
     def of(cls, input_ids: Tensor, weights: Tensor) -> WeightedTarget:
@@ -64,7 +67,8 @@ class WeightedTarget:
         chosen = weights.nonzero()[:, 0]
         first, last = int(chosen[0]), int(chosen[-1])
         inside = slice(first, last + 1)
-        return cls(input_ids[:, :last], weights[inside].to(input_ids.device), input_ids[0, inside])
+        weights = weights[inside].to(input_ids.device)
+        return cls(input_ids[:, :last], weights, input_ids[0, inside], input_ids[:, last:])
 
     @property
     def length(self) -> int:
@@ -113,7 +117,10 @@ def gate(kind: str | None, layers: Sequence[Layer], weights: Tensor, n: int, spa
     weights: [recorded]  of the recorded positions, on those that predict the target
     """
     if kind is None or kind == "uniform":
-        return Gate(torch.full((n,), 1.0 if kind is None else 1 / n), torch.zeros(0, 0))
+        return Gate(
+            torch.full((n,), 1.0 if kind is None else 1 / n, dtype=torch.float32),
+            torch.zeros(0, 0, dtype=torch.float32),
+        )
     read = flow_mass if kind == "flow" else per_head_mass
     mass = read(layers, weights)[..., :n]
     M = mass.sum((0, 1))
@@ -133,13 +140,14 @@ class Curvature:
 class Terms:
     """Curvature and information of one weighted target.
 
+    runner: the model, and whether hooks that are not ours are on it
     n:      positions 0..n are scored
     budget: bytes of working memory to aim for
     """
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        runner: Runner,
         target: WeightedTarget,
         n: int,
         *,
@@ -148,9 +156,11 @@ class Terms:
         progress: bool,
         cost: Cost,
     ) -> None:
-        self.model, self.target, self.n = model, target, n
+        self.runner, self.target, self.n = runner, target, n
+        self.model: PreTrainedModel = runner.model
         self.budget, self.progress, self.cost = budget, progress, cost
-        self.tails = Tails(model, target.input_ids, len(target.weights), last_layers=last_layers)
+        after = target.later_ids if runner.hooked or runner.whole else None
+        self.tails = Tails(self.model, target.input_ids, len(target.weights), last_layers=last_layers, after=after)
         self.X = self.tails.embeddings if self.tails.hidden is None else self.tails.hidden
 
     def curvature(self, how: Curvature, spans: list[Window]) -> Tensor:
@@ -178,7 +188,8 @@ class Terms:
 
         def within(a: int, b: int) -> Tensor:
             size, width = b - a, X.shape[1]
-            omega = torch.randn(min(how.rank + OVERSAMPLING, size * width), size, width, generator=generator)
+            k = min(how.rank + OVERSAMPLING, size * width)
+            omega = torch.randn(k, size, width, generator=generator, dtype=torch.float32)
             probes = rademacher(how.probes, size, width, generator=generator)
             return low_rank_curvature(self._g, X, omega, probes, start=a, batches=batches)
 
@@ -191,6 +202,8 @@ class Terms:
 
     def _blockwise(self) -> bool:
         """Whether patterns are formed again by blocks of queries instead of kept: too large, or slower to read."""
+        if not self.runner.own_kernel:
+            return False
         longest = KEPT_PATTERNS.get(self.X.device.type, len(self.X))
         too_long = len(self.X) > longest and applies(self.model)
         return too_long or graph_bytes(self.model, len(self.X)) > self.budget
@@ -198,7 +211,8 @@ class Terms:
     def information(self, replacement: Tensor) -> Tensor:
         """I over the first n positions, in nats. replacement: [d]; result: [n], float32"""
         tails, rows = self.tails, len(self.target.weights)
-        size = self.budget // forward_bytes(self.model, self.target.length, rows)
+        # A hook may name one sequence of a batch, so under hooks there is one.
+        size = 1 if self.runner.hooked else self.budget // forward_bytes(self.model, self.target.length, rows)
         with torch.no_grad(), self._batches("information", size, self.n) as batches:
             values = information(
                 tails.log_probs,
@@ -291,19 +305,18 @@ def _fits_in_memory() -> Iterator[None]:
         ) from error
 
 
-def mask_vector(model: PreTrainedModel, kind: str, token: int | None, device: torch.device) -> Tensor:
+def mask_vector(runner: Runner, kind: str, token: int | None, device: torch.device) -> Tensor:
     """What a masked token becomes: zero, the mean over the vocabulary, or the embedding of a token. result: [d]
 
     device: of token ids
     """
-    embedding = model.get_input_embeddings()
     with torch.no_grad():
-        one = embedding(torch.tensor([token or 0], device=device))[0]
+        one = runner.vectors(torch.tensor([token or 0], device=device))[0]
         if kind == "zero":
             return torch.zeros_like(one)
         if kind != "mean":
             return one
         # Through the module, because some multiply by a factor, and in parts, because the table is large.
-        parts = torch.arange(len(embedding.weight), device=device).split(4096)
-        total = torch.stack([embedding(part).double().sum(0) for part in parts]).sum(0)
-        return (total / len(embedding.weight)).to(one)
+        parts = torch.arange(len(runner.table), device=device).split(4096)
+        total = torch.stack([runner.vectors(part).double().sum(0) for part in parts]).sum(0)
+        return (total / len(runner.table)).to(one)
