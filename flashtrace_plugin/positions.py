@@ -49,7 +49,7 @@ def _edges(name: str, value: Any, length: int) -> tuple[int, int]:
     except (TypeError, ValueError):
         raise SpanError(
             f"{name} must be a Span(start, stop) of token positions, one position, (start, stop) or a slice without "
-            f"step, got {value!r}"
+            f"step, got {value!r}. Spans are contiguous; explain several pieces one by one"
         ) from None
     return (start, start + 1 or length) if single else (start, stop)
 

@@ -31,8 +31,7 @@ def _messages(text: str, path: Path) -> Prompt:
         messages = json.loads(text)
     except json.JSONDecodeError as error:
         raise InputError(f"{path} is not JSON ({error}); it must hold a list of chat messages") from error
-    ok = isinstance(messages, list) and messages
-    if not ok or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages):
+    if not isinstance(messages, list) or not messages:
         raise InputError(f'{path} holds no chat messages; write [{{"role": "user", "content": "…"}}, …]')
     return messages
 

@@ -24,16 +24,17 @@ _Baseline = Callable[[Any, "Case"], Tensor]
 def _random(model: Any, case: Case) -> Tensor:
     """Uniform noise, the floor of every metric; the same for the same tokens."""
     seed = crc32(repr(case.input_ids.tolist()).encode())
-    return torch.rand(case.prompt_length, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(case.prompt_length, generator=generator, dtype=torch.float32)
 
 
 def _mean_attention(model: Any, case: Case) -> Tensor:
     """Mean over layers and heads of the attention of the positions that predict the target."""
     source = source_for(model)
     rows = torch.arange(case.target.start - 1, case.target.stop - 1)
-    with source.guarded(), torch.no_grad():
+    with torch.no_grad():
         layers = source.layers(source.check_ids(case.input_ids), rows)
-        weights = torch.ones(len(rows), device=layers[0].v.device)
+        weights = torch.ones(len(rows), dtype=torch.float32, device=layers[0].v.device)
         flows = [weighted_flow(layer.pattern, weights, len(case.input_ids)).mean(0).cpu() for layer in layers]
     return torch.stack(flows).mean(0)[: case.prompt_length]
 
@@ -59,7 +60,8 @@ def _leave_one_out(model: Any, case: Case) -> Tensor:
 
 def _answer_key(model: Any, case: Case) -> Tensor:
     """1 on the evidence and on the question, 0 elsewhere: what nobody can know, not a method."""
-    return torch.zeros(case.prompt_length).index_fill(0, torch.tensor([*case.gold, *case.question]), 1.0)
+    scores = torch.zeros(case.prompt_length, dtype=torch.float32)
+    return scores.index_fill(0, torch.tensor([*case.gold, *case.question]), 1.0)
 
 
 BASELINES: dict[str, _Baseline] = {

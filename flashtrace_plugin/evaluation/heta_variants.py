@@ -112,5 +112,6 @@ def variants(found: KnownTerms, seed: int) -> dict[str, Tensor]:
         rows["rescaled, low rank"] = found.scores(curvature="low rank", rescale=True)
     alone = {"transition only": found.M["flow"], "Hessian only": found.S["full"], "KL only": found.I["zero"]}
     rows |= {name: term[: found.prompt_length] for name, term in alone.items()}
-    rows["random"] = torch.rand(len(rows["KL only"]), generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    rows["random"] = torch.rand(len(rows["KL only"]), generator=generator, dtype=torch.float32)
     return rows

@@ -29,7 +29,7 @@ def auroc(scores: Scores, gold: Iterable[int], *, against: Iterable[int] | None 
     other = as_positions("against", everything - wanted if against is None else against, len(values))
     check_disjoint(wanted, other, "gold", "against")
     n, m = len(wanted), len(other)
-    ranks = _middle_ranks(values[sorted(wanted) + sorted(other)])
+    ranks = middle_ranks(values[sorted(wanted) + sorted(other)])
     return float((ranks[:n].sum() - n * (n + 1) / 2) / (n * m))
 
 
@@ -50,7 +50,7 @@ def check_disjoint(first: set[int], second: set[int], first_name: str, second_na
         )
 
 
-def _middle_ranks(values: Tensor) -> Tensor:
+def middle_ranks(values: Tensor) -> Tensor:
     """Ranks from 1, lowest first; equal values share the middle of theirs. values, result: [n], float64"""
     _, group, counts = values.unique(return_inverse=True, return_counts=True)
     last = counts.cumsum(0)

@@ -75,7 +75,7 @@ def soft_faithfulness(
         raise InputError(f"samples must be at least 1, got {samples}; 16 is usual")
     with evaluating(lm), torch.no_grad():
         probe = _Probe(lm, ids, watched, prompt_length)
-        whole = float(probe.distances(torch.zeros(1, prompt_length, 1)))
+        whole = float(probe.distances(torch.zeros(1, prompt_length, 1, dtype=torch.float32)))
         if whole == 0:
             raise InputError("the generation does not depend on the prompt: Δ of an all-zero prompt is 0")
         draws = [probe.distances(masks) for masks in _masks(keep, probe.embeddings.shape[-1], samples, seed)]
@@ -112,8 +112,8 @@ def _masks(keep: Tensor, width: int, samples: int, seed: int) -> Iterator[Tensor
     """For each sample: dimensions kept and dropped by the scores, and by random ones. each: [4, prompt_length, d]"""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(samples):
-        uniform = torch.rand(len(keep), width, generator=generator)
-        random = torch.rand(len(keep), generator=generator)
+        uniform = torch.rand(len(keep), width, generator=generator, dtype=torch.float32)
+        random = torch.rand(len(keep), generator=generator, dtype=torch.float32)
         kept, random_kept = uniform < keep[:, None], uniform < random[:, None]
         yield torch.stack([kept, ~kept, random_kept, ~random_kept])
 

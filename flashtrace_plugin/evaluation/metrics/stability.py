@@ -48,7 +48,7 @@ def _noise(embedding: nn.Module, delta: float, seed: int) -> Iterator[None]:
 
     def add(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
         while len(rows) < output.shape[-2]:
-            rows.append(torch.randn(output.shape[-1], generator=generator))
+            rows.append(torch.randn(output.shape[-1], generator=generator, dtype=torch.float32))
         return output + delta * torch.stack(rows[: output.shape[-2]]).to(output)
 
     handle = embedding.register_forward_hook(add)
