@@ -133,11 +133,13 @@ class TestDeclared:
     def test_unknown_options_are_told_with_the_known_ones(self, model, ids):
         with pytest.raises(TypeError, match="FlashTrace has no option hop; it takes recursion, positions"):
             FlashTrace(model, hop=1)
-        with pytest.raises(TypeError, match=r"FlashTrace has no option hops; .*; attribute may take it"):
+        with pytest.raises(
+            TypeError, match=r"FlashTrace has no option hops; it takes recursion.*; attribute takes hops"
+        ):
             FlashTrace(model, hops=1)
-        with pytest.raises(TypeError, match=r"FlashTrace\.attribute has no option hop; it takes hops"):
+        with pytest.raises(TypeError, match="FlashTrace has no option hop of attribute; it takes hops"):
             FlashTrace(model).attribute(ids, hop=1)
-        with pytest.raises(TypeError, match=r"IFR\.attribute has no option hops; it takes none"):
+        with pytest.raises(TypeError, match="IFR has no option hops of attribute; it takes none"):
             flashtrace_captum.IFR(model).attribute(ids, hops=1)
         with pytest.raises(InputError, match="hops"):
             FlashTrace(model).attribute(ids, hops=-1)
@@ -223,7 +225,7 @@ class TestConvergenceDelta:
     def test_where_there_is_none_it_is_refused(self, model, ids):
         with pytest.raises(CaptumInputError, match="LRP with these options conserves nothing"):
             flashtrace_captum.LRP(model, rule="attn").attribute(ids, TARGET, return_convergence_delta=True)
-        with pytest.raises(TypeError, match=r"FlashTrace\.attribute has no option return_convergence_delta"):
+        with pytest.raises(TypeError, match="FlashTrace has no option return_convergence_delta"):
             FlashTrace(model).attribute(ids, TARGET, return_convergence_delta=True)
         with pytest.raises(NotImplementedError, match="'flashtrace' conserves nothing"):
             core = flashtrace_plugin.FlashTrace(model)

@@ -174,6 +174,30 @@ class TestCaptumsTools:
         got = NoiseTunnel(heta).attribute(inputs, nt_samples=2, stdevs=0.0, target=[10, 11], input_ids=ids)
         torch.testing.assert_close(got.sum(-1), heta.attribute(ids, [10, 11]), rtol=1e-4, atol=1e-5)
 
+    @pytest.mark.parametrize("reasoning", [[slice(3, 6), slice(4, 9)], torch.tensor([5, 7]), [None, slice(4, 9)]])
+    def test_reasoning_is_repeated_with_its_example(self, model, reasoning):
+        ids = torch.stack([random_ids(LENGTH, seed=s) for s in (1, 2)])
+        inputs = model.get_input_embeddings()(ids).detach()
+        heta = HETA(model, curvature="gradient_squared", progress=False)
+        where = {"target": [slice(10, 12), 11], "reasoning": reasoning, "hops": 1}
+        want = heta.attribute(ids, **where)
+        for batch in (None, 2):  # 3 samples in parts of 2 and 1
+            got = NoiseTunnel(heta).attribute(
+                inputs, nt_samples=3, nt_samples_batch_size=batch, stdevs=0.0, input_ids=ids, **where
+            )
+            torch.testing.assert_close(got.sum(-1), want, rtol=1e-4, atol=1e-5)
+        worst = sensitivity_max(
+            heta.attribute, inputs, perturb_radius=0.0, n_perturb_samples=2, input_ids=ids, **where
+        )
+        torch.testing.assert_close(worst, torch.zeros(2), rtol=0, atol=1e-4)
+
+    def test_reasoning_of_other_lengths_is_refused(self, model, heta):
+        ids = torch.stack([random_ids(LENGTH, seed=s) for s in (1, 2)])
+        inputs = model.get_input_embeddings()(ids).detach()
+        for given in ([slice(3, 6)] * 3, [slice(3, 6)]):
+            with pytest.raises(TargetError, match=f"reasoning lists {len(given)} entries for 4 examples"):
+                NoiseTunnel(heta).attribute(inputs, nt_samples=2, target=10, reasoning=given, input_ids=ids)
+
     def test_infidelity_and_sensitivity(self, model, heta, ids, embeddings):
         def forward(inputs):
             return model(inputs_embeds=inputs).logits[:, 9].log_softmax(-1)[:, ids[0, 10]]

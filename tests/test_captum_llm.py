@@ -1,13 +1,23 @@
 """The language model wrapper: Captum's inputs, the response, the result, and the same numbers as elsewhere."""
 
 import copy
+import inspect
 import pickle
 
 import pytest
 import torch
-from captum.attr import FeatureAblation, LLMAttribution, LLMAttributionResult, TextTemplateInput, TextTokenInput
+from captum.attr import (
+    FeatureAblation,
+    LLMAttribution,
+    LLMAttributionResult,
+    Saliency,
+    TextTemplateInput,
+    TextTokenInput,
+)
 from captum.metrics import infidelity
+from transformers import GenerationConfig
 
+import flashtrace_captum
 import flashtrace_plugin
 from flashtrace_captum import (
     IFR,
@@ -19,6 +29,7 @@ from flashtrace_captum import (
     TokenAttribution,
     TokenIdsInput,
     TokenScores,
+    recursive,
 )
 from flashtrace_plugin import FlashTraceError, InputError, Span, SpanError, UnsupportedModelError
 from tests.tiny import BOS, EOS, PAD, tiny, tiny_tokenizer
@@ -104,7 +115,7 @@ class TestTheSameNumbersEverywhere:
 class TestPartsOfTheResponse:
     def test_found(self, result):
         assert result.answer_text == "It is in the garden."
-        assert "".join(result.output_tokens[result.reasoning]).strip() == THINKING.strip()
+        assert "".join(result.output_texts[result.reasoning]).strip() == THINKING.strip()
 
     @pytest.mark.parametrize("as_span", [True, False])
     def test_given(self, llm, inp, result, as_span):
@@ -159,8 +170,8 @@ class TestTokenInputs:
         assert result.hop_attr.shape == (3, n)
         assert result.token_attr is None
         assert result.inp is inp
-        assert "".join(result.input_tokens) == PROMPT
-        assert "".join(result.output_tokens) == RESPONSE
+        assert "".join(result.input_texts) == PROMPT
+        assert "".join(result.output_texts) == RESPONSE
         for tensor in (result.seq_attr, result.response_attr, result.hop_attr, result.output_probs):
             assert (tensor.device, tensor.dtype, tensor.requires_grad) == (model.device, torch.float32, False)
 
@@ -178,7 +189,7 @@ class TestTokenInputs:
             made = TokenIdsInput(given, tokenizer)
             assert torch.equal(made.to_model_input(), inp.to_model_input())
             assert torch.equal(llm.attribute(made, RESPONSE, hops=2).seq_attr, result.seq_attr)
-        assert "".join(made.values) == PROMPT
+        assert made.values == inp.values
         assert made.baselines == PAD
 
     @pytest.mark.parametrize("skip", [["."], ["Ġthe", 17]])
@@ -213,7 +224,8 @@ class TestTokenInputs:
         messages = [{"role": "user", "content": PROMPT}]
         got = llm.attribute(TokenIdsInput.from_messages(messages, tokenizer), RESPONSE)
         want = flashtrace_plugin.FlashTrace(model, tokenizer).attribute(messages, RESPONSE)
-        assert got.attribution == want
+        assert torch.equal(got.seq_attr, want.scores)
+        assert (got.attribution.token_ids, got.attribution.target) == (want.token_ids, want.target)
 
     @pytest.mark.parametrize(
         "make",
@@ -235,7 +247,7 @@ class TestTemplateInputs:
         inp = TextTemplateInput("The key of the {} box is in the {}. Question: where is the key?", ["red", "garden"])
         got = llm.attribute(inp, RESPONSE, hops=2)
         text, tokens = "", []
-        for i, token in enumerate(result.input_tokens):
+        for i, token in enumerate(result.input_texts):
             tokens.append((len(text), i))
             text += token
         for name, score in zip(got.input_tokens, got.seq_attr, strict=True):
@@ -346,6 +358,21 @@ class TestGeneration:
         assert first == second
         assert model.training
 
+    def test_what_generate_returns_beside_the_text_changes_nothing(self, llm, inp):
+        args = {"max_new_tokens": 4, "do_sample": False}
+        want = llm.attribute(inp, gen_args=args, answer=slice(None))
+        more = {"return_dict_in_generate": True, "output_scores": True, "attention_mask": torch.ones(1, 19).long()}
+        got = llm.attribute(inp, gen_args=args | more, answer=slice(None))
+        assert got.attribution == want.attribution
+
+    @pytest.mark.parametrize("as_config", [True, False])
+    def test_several_responses_are_refused(self, llm, inp, as_config):
+        args = {"max_new_tokens": 3, "do_sample": True, "num_return_sequences": 2}
+        if as_config:
+            args = {"generation_config": GenerationConfig(**args)}
+        with pytest.raises(CaptumInputError, match="num_return_sequences: generate wrote 2 responses"):
+            llm.attribute(inp, gen_args=args, answer=slice(None))
+
     def test_gen_args_with_a_target(self, llm, inp):
         with pytest.raises(CaptumInputError, match="gen_args") as caught:
             llm.attribute(inp, RESPONSE, gen_args={"max_new_tokens": 5})
@@ -366,6 +393,83 @@ class TestGeneration:
     def test_bad_targets(self, llm, inp, target):
         with pytest.raises(CaptumInputError):
             llm.attribute(inp, target)
+
+
+class Minimal:
+    """A tokenizer that can do what Captum asks of one, and no more."""
+
+    def __init__(self):
+        self.inner = tiny_tokenizer()
+
+    def encode(self, text, add_special_tokens=True, return_tensors=None):
+        return self.inner.encode(text, add_special_tokens=add_special_tokens, return_tensors=return_tensors)
+
+    def decode(self, token_ids):
+        assert isinstance(token_ids, torch.Tensor)
+        return self.inner.decode(token_ids)
+
+    def convert_ids_to_tokens(self, token_ids):
+        return self.inner.convert_ids_to_tokens(token_ids)
+
+
+class TestMinimalTokenizers:
+    def test_three_methods_are_enough(self, model, inp, result):
+        minimal = Minimal()
+        llm = LLMTraceAttribution(FlashTrace(model), minimal)
+        for given in (TextTokenInput(PROMPT, minimal), TokenIdsInput(inp.to_model_input(), minimal, baselines=PAD)):
+            got = llm.attribute(given, RESPONSE, hops=2)
+            assert torch.equal(got.seq_attr, result.seq_attr)
+            assert got.attribution.tokens == result.attribution.tokens
+            assert got.input_tokens == result.input_tokens
+            assert (got.output_tokens, got.output_texts) == (result.output_tokens, result.output_texts)
+            drop_first = torch.ones(1, given.n_itp_features).index_fill(1, torch.tensor(0), 0)
+            assert llm.presence_function(given, RESPONSE)(drop_first).shape == (1,)
+        wrote = llm.attribute(given, gen_args={"max_new_tokens": 3, "pad_token_id": PAD}, answer=slice(None))
+        assert len(wrote.output_tokens) == 3
+
+    @pytest.mark.parametrize("name", ["encode", "decode", "convert_ids_to_tokens"])
+    def test_one_less_is_named(self, monkeypatch, model, name):
+        monkeypatch.delattr(Minimal, name)
+        with pytest.raises(CaptumInputError, match=f"Minimal has no {name}"):
+            LLMTraceAttribution(FlashTrace(model), Minimal())
+
+    def test_what_needs_more_says_so(self, model):
+        minimal = Minimal()
+        with pytest.raises(CaptumInputError, match="baselines="):
+            TokenIdsInput([5, 6], minimal)
+        with pytest.raises(CaptumInputError, match="Minimal has no convert_tokens_to_ids"):
+            TokenIdsInput([5, 6], minimal, baselines="<pad>")
+        with pytest.raises(InputError, match="chat template"):
+            TokenIdsInput.from_messages([{"role": "user", "content": PROMPT}], minimal)
+        with pytest.raises(TemplateError, match="fast tokenizer"):
+            LLMTraceAttribution(FlashTrace(model), minimal).attribute(TextTemplateInput("{}", ["red"]), RESPONSE)
+
+
+class TestBridges:
+    @pytest.fixture(scope="class")
+    def bridge(self, model, tokenizer):
+        pytest.importorskip("transformer_lens")
+        from flashtrace_lens import bridge_for
+
+        return bridge_for(model, tokenizer)
+
+    @pytest.mark.parametrize("method", [FlashTrace, IFR, RecursiveAttribution, flashtrace_captum.LRP])
+    def test_methods_read_them(self, model, bridge, method, inp):
+        ids = inp.to_model_input()
+        got, want = (method(m).attribute(ids, slice(15, 18), reasoning=slice(9, 13)) for m in (bridge, model))
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+    def test_what_runs_the_model_by_itself_names_the_way(self, bridge, tokenizer, inp):
+        way = r".*got a TransformerBridge; .*flashtrace_lens\.flashtrace\(bridge, tokens"
+        with pytest.raises(UnsupportedModelError, match="LLMTraceAttribution " + way):
+            LLMTraceAttribution(FlashTrace(bridge), tokenizer)
+        for made in (lambda: recursive(Saliency(bridge)), lambda: recursive(IFR(bridge))):
+            with pytest.raises(UnsupportedModelError, match="recursive " + way):
+                made()
+        heta = flashtrace_captum.HETA(bridge, progress=False)
+        embeddings = torch.zeros(1, 5, 32)
+        with pytest.raises(UnsupportedModelError, match="HETA on embeddings " + way):
+            heta.attribute(embeddings, input_ids=inp.to_model_input()[:, :5])
 
 
 class TestOutputProbabilities:
@@ -407,14 +511,14 @@ class TestResult:
     def test_equal_texts_are_added_up(self, result):
         found = result.seq_attr_dict
         assert sum(found.values()) == pytest.approx(float(result.seq_attr.sum()))
-        same = [i for i, token in enumerate(result.input_tokens) if token == " the"]
+        same = [i for i, token in enumerate(result.input_tokens) if token == "Ġthe"]
         assert len(same) > 1
-        assert found[" the"] == pytest.approx(float(result.seq_attr[same].sum()))
+        assert found["Ġthe"] == pytest.approx(float(result.seq_attr[same].sum()))
 
     def test_top(self, result):
         best = result.top(3)
         assert best[0].score == float(result.seq_attr.max())
-        assert result.input_tokens[best[0].position] == best[0].token
+        assert result.input_texts[best[0].position] == best[0].token
 
     def test_it_survives_pickle_and_deepcopy(self, result):
         for twin in (pickle.loads(pickle.dumps(result)), copy.deepcopy(result)):
@@ -461,10 +565,21 @@ class TestWrapper:
         for method in (FlashTrace, IFR, TokenAttribution):
             assert method not in LLMAttribution.SUPPORTED_METHODS
 
-    def test_unknown_keywords(self, llm, inp):
+    def test_unknown_keywords_name_the_class_and_what_it_takes(self, model, tokenizer, llm, inp):
+        class Uniform(TokenAttribution):
+            def token_scores(self, input_ids, *, prompt_length, target, reasoning=None, power=1):
+                return TokenScores(torch.ones(len(input_ids)))
+
         for keyword in ("skip_tokens", "n_steps"):
-            with pytest.raises(TypeError, match=keyword):
+            with pytest.raises(TypeError, match=f"^FlashTrace has no option {keyword} of attribute; it takes hops"):
                 llm.attribute(inp, RESPONSE, **{keyword: 1})
+        message = r"option positions of attribute; it takes hops; FlashTrace\(model, \.\.\.\) takes positions"
+        with pytest.raises(TypeError, match=message):
+            llm.attribute(inp, RESPONSE, positions="predicting")
+        for call in (LLMTraceAttribution(Uniform(model), tokenizer).attribute, Uniform(model).attribute):
+            given = (inp, RESPONSE) if "inp" in inspect.signature(call).parameters else (inp.to_model_input(),)
+            with pytest.raises(TypeError, match=r"^Uniform has no option strength of attribute; it takes power$"):
+                call(*given, strength=2)
 
     def test_futures_are_not_implemented(self, llm):
         with pytest.raises(NotImplementedError, match="LLMTraceAttribution"):

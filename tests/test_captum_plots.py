@@ -35,8 +35,10 @@ def made(n=20, r=12, *, rows=4, dtype=torch.float32, negative=False, words=NASTY
     per_token = torch.full((r, n), torch.nan)
     per_token[answer] = torch.rand(rows, n, generator=generator) * scores
     return LLMTraceAttributionResult(
-        input_tokens=[f" {words[i % len(words)]}" for i in range(n)],
-        output_tokens=[f" {words[(3 * i) % len(words)]}" for i in range(r)],
+        input_tokens=[f"Ġ{words[i % len(words)]}" for i in range(n)],
+        output_tokens=[words[(3 * i) % len(words)] for i in range(r)],
+        input_texts=[f" {words[i % len(words)]}" for i in range(n)],
+        output_texts=[f" {words[(3 * i) % len(words)]}" for i in range(r)],
         seq_attr=scores.to(dtype).requires_grad_(),
         token_attr=per_token.to(dtype),
         output_log_probs=-torch.rand(r, generator=generator),
@@ -95,7 +97,7 @@ class TestPlots:
         below = fig.subfigs[1].axes[0]
         best = int(result.seq_attr.abs().argmax())
         assert below.get_yticklabels()[-1].get_text().endswith(f"  {best}")
-        assert f"[{label(result.input_tokens[best])}]" in below.get_yticklabels()[-1].get_text()
+        assert f"[{label(result.input_texts[best])}]" in below.get_yticklabels()[-1].get_text()
 
     def test_windows_of_rows_add_up(self):
         result = made(20, 1000, rows=300)

@@ -207,3 +207,16 @@ def test_the_model_is_left_as_it_was(ids):
         recursive(LayerIntegratedGradients(model, model.get_input_embeddings())).attribute(ids, **WHERE, n_steps=2)
     assert model.training and not any(p.requires_grad or p.grad is not None for p in model.parameters())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("made", [Saliency, FeatureAblation, IFR])
+def test_options_that_the_base_does_not_know_name_it(model, made):
+    ids = random_ids(12, seed=1)[None]
+    with pytest.raises(TypeError, match=f"^{made.__name__} has no option strength of attribute; it takes"):
+        recursive(made(model)).attribute(ids, target=-1, reasoning=slice(5, 9), strength=2)
+
+
+def test_options_of_the_recursion_are_not_those_of_attribute(model):
+    ids = random_ids(12, seed=1)[None]
+    with pytest.raises(TypeError, match=r"hops cannot be changed in attribute; pass it to recursive\(FlashTrace"):
+        recursive(FlashTrace(model)).attribute(ids, target=-1, reasoning=slice(5, 9), hops=2)

@@ -86,7 +86,7 @@ class TestAsPython:
         llm = LLMTraceAttribution(FlashTrace(model, **own), tokenizer)
         got = llm.attribute(TextTokenInput(PROMPT, tokenizer), response)
         assert got.attribution == flashtrace_plugin.FlashTrace(model, tokenizer, **own).attribute(PROMPT, response)
-        assert "".join(got.output_tokens[got.reasoning]) == "The box is red."
+        assert "".join(got.output_texts[got.reasoning]) == "The box is red."
 
         class Mine(FlashTrace):
             def token_scores(self, input_ids, **where):
@@ -107,7 +107,10 @@ class TestAsPython:
         messages, response = [{"role": "user", "content": PROMPT}], f"{THINKING}<answer>garden</answer><turn over>"
         llm = LLMTraceAttribution(FlashTrace(model), tokenizer)
         got = llm.attribute(TokenIdsInput.from_messages(messages, tokenizer), response)
-        assert got.attribution == flashtrace_plugin.FlashTrace(model, tokenizer).attribute(messages, response)
+        want = flashtrace_plugin.FlashTrace(model, tokenizer).attribute(messages, response)
+        assert torch.equal(got.seq_attr, want.scores)
+        for name in ("token_ids", "prompt", "reasoning", "target"):
+            assert getattr(got.attribution, name) == getattr(want, name)
         assert got.answer_text == "garden"
 
     def test_spans_that_clash_name_the_rule(self, model):

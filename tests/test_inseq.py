@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import logging
 import re
 import subprocess
 import sys
@@ -720,12 +719,9 @@ def test_bad_texts(model):
         model.attribute(PROMPT, TEXT + " Yes. No." * 40)
 
 
-def test_options_belong_to_attribute(hf, tokenizer, model, caplog):
+def test_options_belong_to_attribute(hf, tokenizer):
     with pytest.raises(InputError, match=r"hops: pass options to attribute\(\)"):
         inseq.load_model(hf, "flashtrace", tokenizer=tokenizer, hops=2)
-    with caplog.at_level(logging.WARNING):
-        model.attribute(PROMPT, TEXT, hop=2)
-    assert "Unused arguments during attribution: {'hop': 2}" in caplog.text
 
 
 def test_command_line_of_inseq_knows_the_methods(folder, tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from inseq.data.attribution import FeatureAttributionSequenceOutput  # noqa: E40
 
 import flashtrace_inseq  # noqa: E402
 from flashtrace_inseq.aggregators import RecursiveAggregator  # noqa: E402
-from flashtrace_inseq.matrices import hooked, matrix_of  # noqa: E402
+from flashtrace_inseq.matrices import matrix_of, on_model  # noqa: E402
 from flashtrace_plugin import FlashTrace, InputError, Recursive, RecursiveAttribution  # noqa: E402
 from tests.tiny import tiny, tiny_tokenizer  # noqa: E402
 
@@ -122,7 +122,7 @@ def test_a_base_that_fails_leaves_no_hook(hf, model):
     def hook(*args):
         return None
 
-    with pytest.raises(RuntimeError, match="in the middle"), hooked(model, "attention"):
+    with pytest.raises(RuntimeError, match="in the middle"), on_model(model, "attention"):
         assert hf.config._attn_implementation == "eager"
         hf.model.layers[0].register_forward_hook(hook)
         raise RuntimeError("in the middle")

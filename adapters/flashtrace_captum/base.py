@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, NoReturn, Union
 
@@ -11,16 +12,22 @@ import torch
 from captum.attr import Attribution as CaptumAttribution
 from captum.log import log_usage
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from flashtrace_captum.errors import CaptumInputError
 from flashtrace_captum.targets import Example, Target, read_examples
 from flashtrace_plugin.attribution import Attribution
+from flashtrace_plugin.errors import UnsupportedModelError
 from flashtrace_plugin.formats import FormatChoice
+from flashtrace_plugin.models.guard import check_model
 from flashtrace_plugin.positions import Positions
 from flashtrace_plugin.spans import Span, check_spans
 from flashtrace_plugin.text import Located, TokenizedText
 
 Inputs = Union[Tensor, tuple[Tensor]]
+
+_WHERE = ("input_ids", "prompt_length", "target", "reasoning")
+"""What every ``token_scores`` takes; anything beyond is an option."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +93,10 @@ class TokenAttribution(CaptumAttribution, ABC):
 
     def checked_scores(self, input_ids: Tensor, **where: Any) -> TokenScores:
         """What :meth:`token_scores` finds. Raises CaptumInputError unless there is one score for each token."""
+        parameters = inspect.signature(self.token_scores).parameters.values()
+        if all(one.kind is not inspect.Parameter.VAR_KEYWORD for one in parameters):
+            takes = [one.name for one in parameters if one.name not in _WHERE]
+            refuse_unknown(type(self).__name__, set(where).difference(_WHERE), takes)
         found = self.token_scores(input_ids, **where)
         if found.scores.shape != input_ids.shape:
             raise CaptumInputError(
@@ -166,7 +177,7 @@ class TokenAttribution(CaptumAttribution, ABC):
         """Scores [batch, length] of a batch, one example after the other, in the format of the inputs."""
         values = single(inputs)
         examples = read_examples(values.shape[0], values.shape[1], target, additional_forward_args, reasoning)
-        found = torch.zeros(values.shape[:2], device=values.device)
+        found = torch.zeros(values.shape[:2], dtype=torch.float32, device=values.device)
         for row, example in enumerate(examples):
             before = slice(example.kept.start, example.kept.start + example.target.start)
             found[row, before] = score(row, example)[: example.target.start].to(found)
@@ -179,6 +190,37 @@ class TokenAttribution(CaptumAttribution, ABC):
     def has_convergence_delta(self) -> bool:
         """False: the scores are shares, which add up to nothing of the model's; see :mod:`flashtrace_captum.delta`."""
         return False
+
+
+def refuse_unknown(
+    owner: str, given: Iterable[str], takes: Collection[str], elsewhere: Collection[str] = (), *, call: bool = True
+) -> None:
+    """Raises TypeError for options that the class does not take.
+
+    owner:     name of the class, which is what the user made, whatever calls it
+    takes:     options of its ``attribute`` (``call``), or of its constructor
+    elsewhere: those of the other
+    """
+    unknown = sorted(set(given).difference(takes))
+    if not unknown:
+        return
+    here, there = (" of attribute", f"{owner}(model, ...)") if call else ("", "attribute")
+    moved = [name for name in unknown if name in elsewhere]
+    raise TypeError(
+        f"{owner} has no option {', '.join(unknown)}{here}; it takes {', '.join(takes) or 'none'}"
+        + (f"; {there} takes {', '.join(moved)}" if moved else "")
+    )
+
+
+def hugging_face(what: str, model: Any) -> PreTrainedModel:
+    """The model, for what runs it by itself. Raises UnsupportedModelError, which names the way for a bridge."""
+    if any(cls.__module__.partition(".")[0] == "transformer_lens" for cls in type(model).__mro__):
+        raise UnsupportedModelError(
+            f"{what} runs a Hugging Face model by itself, got a {type(model).__name__}; pass the model that the "
+            "bridge was made from, or attribute through the bridge: flashtrace_lens.flashtrace(bridge, tokens, …), "
+            "or FlashTrace(bridge).attribute(ids, target=...)"
+        )
+    return check_model(model)
 
 
 def single(inputs: Inputs) -> Tensor:

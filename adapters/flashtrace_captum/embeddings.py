@@ -10,7 +10,7 @@ import torch
 from captum.log import log_usage
 from torch import Tensor, nn
 
-from flashtrace_captum.base import Inputs, single
+from flashtrace_captum.base import Inputs, hugging_face, single
 from flashtrace_captum.errors import CaptumInputError
 from flashtrace_captum.methods import MethodAttribution
 from flashtrace_captum.targets import Example, Target
@@ -40,7 +40,8 @@ class TakesEmbeddings(MethodAttribution):
                 Default: None, the last token
             additional_forward_args (Tensor or tuple, optional): the attention mask (batch, length).
                 Default: None
-            reasoning (int, slice or list, optional): positions that importance is followed through.
+            reasoning (int, slice or list, optional): positions that importance is followed through. With embeddings a
+                list may have one entry for each row of ``input_ids``, before NoiseTunnel repeated each.
                 Default: None
             input_ids (Tensor, optional): the token ids of embeddings, (batch, length), (1, length) for all of them,
                 or those of the examples before NoiseTunnel repeated each. Default: None
@@ -61,10 +62,12 @@ class TakesEmbeddings(MethodAttribution):
             if input_ids is not None:
                 raise CaptumInputError("inputs are token ids already; input_ids only goes with embeddings")
             return super().attribute(inputs, target, additional_forward_args, reasoning=reasoning, **options)
-        ids = _ids_of(values, input_ids)
+        model, ids = hugging_face(f"{self.get_name()} on embeddings", self.forward_func), _ids_of(values, input_ids)
+        if input_ids is not None:
+            reasoning = _repeated(reasoning, len(input_ids), len(ids) // len(input_ids))
 
         def score(row: int, example: Example) -> Tensor:
-            with _embedded(self.forward_func, ids[row, example.kept.slice], values[row, example.kept.slice]):
+            with _embedded(model, ids[row, example.kept.slice], values[row, example.kept.slice]):
                 return self.example_scores(ids[row], example, **options).scores
 
         scores = self._each(values, target, additional_forward_args, reasoning, score)
@@ -87,6 +90,15 @@ def _ids_of(embeddings: Tensor, input_ids: Tensor | None) -> Tensor:
             "they must be (batch, length) or (1, length)"
         )
     return input_ids.repeat_interleave(batch // input_ids.shape[0], dim=0)
+
+
+def _repeated(reasoning: Target, examples: int, times: int) -> Target:
+    """One entry for each row of a repeated batch. Captum repeats the target, but no argument that it does not know."""
+    if isinstance(reasoning, list) and len(reasoning) == examples:
+        return [entry for entry in reasoning for _ in range(times)]
+    if isinstance(reasoning, Tensor) and reasoning.shape == (examples,):
+        return reasoning.repeat_interleave(times)
+    return reasoning
 
 
 @contextmanager

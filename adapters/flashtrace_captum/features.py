@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any, Union
 
 import torch
@@ -11,9 +12,10 @@ from captum.attr import TextTemplateInput, TextTokenInput
 from torch import Tensor
 
 from flashtrace_captum.errors import CaptumInputError, TemplateError
+from flashtrace_captum.tokenizers import reader
 from flashtrace_plugin.spans import Chars
 from flashtrace_plugin.text import pieces
-from flashtrace_plugin.units import token_shares
+from flashtrace_plugin.units.shares import token_shares
 
 TextInput = Union[TextTokenInput, TextTemplateInput]
 
@@ -27,13 +29,15 @@ class Features:
     """The features of an input over its P prompt tokens.
 
     prompt_ids: [P]
-    names:      text of each feature
+    names:      label of each feature, as Captum has it
+    texts:      readable text of each feature
     covered:    [P]   share of each token that belongs to some feature; the rest of its score is unassigned
     collect:    scores [..., P] -> [..., features]
     """
 
     prompt_ids: Tensor
     names: list[str]
+    texts: list[str]
     covered: Tensor
     collect: Callable[[Tensor], Tensor]
 
@@ -50,9 +54,8 @@ def features_of(inp: TextInput, tokenizer: Any) -> Features:
 def _token_features(inp: TextTokenInput, tokenizer: Any) -> Features:
     ids = inp.to_model_input()[0].cpu()
     kept = torch.ones(len(ids), dtype=torch.bool) if inp.itp_mask is None else inp.itp_mask[0].cpu()
-    texts = pieces(tokenizer, ids.tolist())
-    names = [text for text, keep in zip(texts, kept.tolist(), strict=True) if keep]
-    return Features(ids, names, kept.float(), lambda scores: scores[..., kept])
+    texts = list(compress(pieces(reader(tokenizer), ids.tolist()), kept.tolist()))
+    return Features(ids, list(inp.values), texts, kept.float(), lambda scores: scores[..., kept])
 
 
 def _template_features(inp: TextTemplateInput, tokenizer: Any) -> Features:
@@ -71,7 +74,8 @@ def _template_features(inp: TextTemplateInput, tokenizer: Any) -> Features:
         by_group = by_slot.new_zeros(*by_slot.shape[:-1], inp.n_itp_features).index_add(-1, groups, by_slot)
         return inp.format_attr(by_group.reshape(-1, inp.n_itp_features)).reshape(*by_slot.shape)
 
-    return Features(torch.tensor(encoded["input_ids"]), list(inp.values), shares.sum(0), collect)
+    values = list(inp.values)
+    return Features(torch.tensor(encoded["input_ids"]), values, values, shares.sum(0), collect)
 
 
 def encode_prompt(tokenizer: Any, text: str, **options: Any) -> Any:

@@ -10,19 +10,20 @@ from captum.attr import TextTokenInput
 from torch import Tensor
 
 from flashtrace_captum.errors import CaptumInputError
-from flashtrace_plugin.text import pieces, render
+from flashtrace_captum.tokenizers import require
+from flashtrace_plugin.text import render
 
 
 class TokenIdsInput(TextTokenInput):
     """Captum's token input for a prompt that is already token ids.
 
     Captum's own class takes a text and always adds the tokenizer's special tokens, twice if a chat template wrote
-    them before. This one passes wherever Captum takes a ``TextTokenInput``, with the same presence mask and baselines.
+    them before. This one passes wherever Captum takes a ``TextTokenInput``, with the same presence mask, baselines and
+    labels.
 
     input_ids:   [N] or [1, N], or a list of ids
     baselines:   id or text of the token put in the place of an absent one; by default the pad or end token
     skip_tokens: ids or texts of tokens that are no feature, wherever they occur
-    ``values`` are readable pieces of text, not entries of the vocabulary.
     """
 
     def __init__(
@@ -42,8 +43,7 @@ class TokenIdsInput(TextTokenInput):
         self.itp_tensor = ids[kept][None]
         self.itp_mask = kept if skipped else None
         self.skip_tokens = sorted(skipped) or None
-        texts = pieces(tokenizer, ids[0].tolist())
-        self.values = [text for text, keep in zip(texts, kept[0].tolist(), strict=True) if keep]
+        self.values = require(tokenizer, "convert_ids_to_tokens").convert_ids_to_tokens(self.itp_tensor[0].tolist())
         self.n_itp_features = len(self.values)
         self.baselines = _token_id(tokenizer, _default_baseline(tokenizer) if baselines is None else baselines)
 
@@ -74,8 +74,9 @@ def _row(input_ids: Tensor | Sequence[int]) -> Tensor:
 def _token_id(tokenizer: Any, token: int | str) -> int:
     if isinstance(token, int):
         return token
-    found = tokenizer.convert_tokens_to_ids(token)
-    if found is None or (found == tokenizer.unk_token_id and token != tokenizer.unk_token):
+    found = require(tokenizer, "convert_tokens_to_ids").convert_tokens_to_ids(token)
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    if found is None or (found == unknown and token != tokenizer.unk_token):
         raise CaptumInputError(
             f"the tokenizer has no token {token!r}; pass its id, or its text as the vocabulary has it"
         )
@@ -83,7 +84,8 @@ def _token_id(tokenizer: Any, token: int | str) -> int:
 
 
 def _default_baseline(tokenizer: Any) -> int:
-    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+    for name in ("pad_token_id", "eos_token_id"):
+        token = getattr(tokenizer, name, None)
         if token is not None:
             return int(token)
     raise CaptumInputError("the tokenizer has neither a pad nor an end token; pass the id to use as baselines=")

@@ -1,14 +1,33 @@
-"""Short, harmless labels for tokens in plots."""
+"""Labels of tokens: those of Captum's own results, and short, harmless ones for plots."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from typing import Any
+
+from captum.attr._core.llm_attr import _clean_up_pretty_token, _convert_ids_to_pretty_tokens
+from torch import Tensor
 
 _WIDTH = 22
 """Longest label of a single token, in characters."""
 
 _CONTEXT = 26
 """Characters of text to either side of a token shown in context."""
+
+
+def output_labels(tokenizer: Any, ids: Tensor, texts: Sequence[str]) -> list[str]:
+    """The labels that Captum's own results give a response, so that results of two methods can be joined.
+
+    ids: [R]; texts: what each token adds to the response. Captum has no result for a response that is cut inside a
+    character, nor with a tokenizer that gives no character offsets; then they are the texts, written as Captum does.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # one for each token that is encoded differently
+            return _convert_ids_to_pretty_tokens(ids, tokenizer)
+    except (IndexError, KeyError, NotImplementedError, TypeError):
+        return [_clean_up_pretty_token(text) for text in texts]
 
 
 def label(token: str, width: int = _WIDTH) -> str:

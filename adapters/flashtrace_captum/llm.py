@@ -12,14 +12,16 @@ from captum.attr import TextTemplateInput, TextTokenInput
 from captum.attr._core.llm_attr import DEFAULT_GEN_ARGS, BaseLLMAttribution
 from torch import Tensor
 
-from flashtrace_captum.base import TokenAttribution, TokenScores
+from flashtrace_captum.base import TokenAttribution, TokenScores, hugging_face
 from flashtrace_captum.errors import CaptumInputError
 from flashtrace_captum.features import Features, TextInput, encode_prompt, features_of
+from flashtrace_captum.labels import output_labels
 from flashtrace_captum.result import LLMTraceAttributionResult
+from flashtrace_captum.tokenizers import reader, require
 from flashtrace_plugin.attribution import generation_rows
 from flashtrace_plugin.errors import SpanError
 from flashtrace_plugin.evaluation.metrics.likelihood import generation_logits, log_likelihood
-from flashtrace_plugin.models.guard import check_model, evaluating
+from flashtrace_plugin.models.guard import evaluating
 from flashtrace_plugin.models.read.source import source_for
 from flashtrace_plugin.positions import as_span
 from flashtrace_plugin.spans import Span
@@ -42,7 +44,8 @@ class LLMTraceAttribution(BaseLLMAttribution):
 
         attr_method (TokenAttribution): the class of a registered method, such as FlashTrace, or a subclass of your
             own, created with the model itself
-        tokenizer (Tokenizer): the model's tokenizer
+        tokenizer (Tokenizer): the model's tokenizer; of Captum's ``TokenizerLike`` it needs ``encode``, ``decode`` and
+            ``convert_ids_to_tokens``
 
     Examples::
 
@@ -61,7 +64,8 @@ class LLMTraceAttribution(BaseLLMAttribution):
                 f"{type(self).__name__} takes a TokenAttribution such as FlashTrace(model), got "
                 f"{type(attr_method).__name__}; Captum's own methods go into captum.attr.LLMAttribution"
             )
-        check_model(attr_method.forward_func)
+        hugging_face(type(self).__name__, attr_method.forward_func)
+        require(tokenizer, "encode", "decode", "convert_ids_to_tokens")
         super().__init__(attr_method, tokenizer)
         self.attr_method = attr_method
 
@@ -100,7 +104,7 @@ class LLMTraceAttribution(BaseLLMAttribution):
         features = features_of(inp, self.tokenizer)
         response = self._response(features.prompt_ids, target, gen_args)
         ids = torch.cat([features.prompt_ids, response])
-        text = from_ids(self.tokenizer, ids, len(features.prompt_ids), self._end_ids())
+        text = from_ids(reader(self.tokenizer), ids, len(features.prompt_ids), self._end_ids())
         where, found = self._explained(text, answer, reasoning, kwargs)
         return self._result(inp, features, text, where, found)
 
@@ -142,16 +146,24 @@ class LLMTraceAttribution(BaseLLMAttribution):
     def _encode(self, prompt_ids: Tensor, response: str) -> Tensor:
         """The tokens of a text after the prompt: as in the joint text if that begins with the prompt's tokens."""
         prompt = prompt_ids.tolist()
-        joint = self.tokenizer(self.tokenizer.decode(prompt) + response, add_special_tokens=False)["input_ids"]
+        joint = self.tokenizer.encode(self.tokenizer.decode(prompt_ids) + response, add_special_tokens=False)
         if joint[: len(prompt)] == prompt:
             return torch.tensor(joint[len(prompt) :], dtype=torch.long)
-        return torch.tensor(self.tokenizer(response, add_special_tokens=False)["input_ids"], dtype=torch.long)
+        return torch.tensor(self.tokenizer.encode(response, add_special_tokens=False), dtype=torch.long)
 
     def _generate(self, prompt_ids: Tensor, gen_args: dict[str, Any]) -> Tensor:
         given = prompt_ids[None].to(self.device)
-        padding = {} if self.tokenizer.pad_token_id is None else {"pad_token_id": self.tokenizer.pad_token_id}
+        defaults: dict[str, Any] = {"attention_mask": torch.ones_like(given)}
+        if getattr(self.tokenizer, "pad_token_id", None) is not None:
+            defaults["pad_token_id"] = self.tokenizer.pad_token_id
         with evaluating(self.model), torch.no_grad():
-            written = self.model.generate(given, attention_mask=torch.ones_like(given), **(padding | gen_args))
+            written = self.model.generate(given, **(defaults | gen_args))
+        written = getattr(written, "sequences", written)  # with return_dict_in_generate
+        if len(written) > 1:
+            raise CaptumInputError(
+                f"num_return_sequences: generate wrote {len(written)} responses, one result explains one; generate "
+                "them by model.generate and pass each as target"
+            )
         response = written[0, len(prompt_ids) :].cpu()
         if not len(response):
             raise CaptumInputError(f"the model generated nothing with {gen_args}; allow it new tokens")
@@ -184,7 +196,9 @@ class LLMTraceAttribution(BaseLLMAttribution):
         rows = None if found.per_token is None else generation_rows(found.per_token.cpu(), where.target, prompt)
         return LLMTraceAttributionResult(
             input_tokens=features.names,
-            output_tokens=list(text.tokens[start:]),
+            output_tokens=output_labels(self.tokenizer, text.input_ids[start:], text.tokens[start:]),
+            input_texts=features.texts,
+            output_texts=list(text.tokens[start:]),
             seq_attr=features.collect(prompt).to(self.device),
             token_attr=None if rows is None else features.collect(rows).to(self.device),
             output_log_probs=self._log_probs(text.input_ids, start),

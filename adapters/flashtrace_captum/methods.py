@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from flashtrace_captum.base import TokenAttribution, TokenScores
+from flashtrace_captum.base import TokenAttribution, TokenScores, refuse_unknown
 from flashtrace_plugin.attribution import Attribution
 from flashtrace_plugin.methods.base import Method, options_of
 from flashtrace_plugin.methods.options import Declared
@@ -29,7 +28,7 @@ class MethodAttribution(TokenAttribution):
 
     def __init__(self, forward_func: Any, tokenizer: Any = None, **options: Any) -> None:
         super().__init__(forward_func)
-        _refuse_unknown(type(self).__name__, options, options_for(self.method, call=False))
+        self._refuse_unknown(options, call=False)
         # Refuses a model or an option now, not at the first call, and reads options that can be read only once.
         made = self.method(forward_func, tokenizer, **options)
         checked = vars(made.driving) | vars(made.options)
@@ -66,24 +65,17 @@ class MethodAttribution(TokenAttribution):
 
     def _made(self, options: dict[str, Any]) -> Method:
         """The method with the options of this call."""
-        _refuse_unknown(f"{type(self).__name__}.attribute", options, options_for(self.method, call=True))
+        self._refuse_unknown(options, call=True)
         return self.method(self.forward_func, self.tokenizer, **self.options, **options)
+
+    def _refuse_unknown(self, options: dict[str, Any], *, call: bool) -> None:
+        takes, elsewhere = ([one.name for one in options_for(self.method, call=c)] for c in (call, not call))
+        refuse_unknown(type(self).__name__, options, takes, elsewhere, call=call)
 
 
 def options_for(method: type[Method], *, call: bool) -> list[Declared]:
     """The options of a method that ``attribute`` takes (``call``), or its constructor."""
     return [one for one in options_of(method) if (one.name in _PER_CALL) == call]
-
-
-def _refuse_unknown(where: str, given: Iterable[str], known: Iterable[Declared]) -> None:
-    """Raises TypeError for options that are not among the known ones."""
-    names = [one.name for one in known]
-    unknown = sorted(set(given).difference(names))
-    if not unknown:
-        return
-    takes = f"it takes {', '.join(names)}" if names else "it takes none"
-    late = "" if _PER_CALL.isdisjoint(unknown) or _PER_CALL.intersection(names) else "; attribute may take it"
-    raise TypeError(f"{where} has no option {', '.join(unknown)}; {takes}{late}")
 
 
 def _as_token_scores(found: Attribution) -> TokenScores:

@@ -21,7 +21,7 @@ def visualization_record(result: LLMTraceAttributionResult, response: bool) -> v
     """
     before = slice(0, result.answer.start)
     scores = torch.cat([result.seq_attr, result.response_attr[before]]) if response else result.seq_attr
-    words = result.input_tokens + (result.output_tokens[before] if response else [])
+    words = result.input_texts + (result.output_texts[before] if response else [])
     answer = _escaped(result.answer_text.strip())
     return visualization.VisualizationDataRecord(
         word_attributions=_scaled(scores),

@@ -15,13 +15,12 @@ from captum.attr import GradientAttribution, LayerAttribution, PerturbationAttri
 from captum.attr._core.llm_attr import BaseLLMAttribution
 from torch import Tensor
 
-from flashtrace_captum.base import TokenAttribution, TokenScores
+from flashtrace_captum.base import TokenAttribution, TokenScores, hugging_face, refuse_unknown
 from flashtrace_captum.errors import CaptumInputError
 from flashtrace_plugin.errors import ReasoningWarning
 from flashtrace_plugin.evaluation.metrics.deletion import replacement_token
 from flashtrace_plugin.methods.options import Hops
 from flashtrace_plugin.methods.recursive import RecursiveRows
-from flashtrace_plugin.models.guard import check_model
 from flashtrace_plugin.spans import Span
 
 _TokenBase = Callable[..., Tensor]
@@ -78,7 +77,7 @@ class RecursiveTokens(TokenAttribution):
     """
 
     def __init__(self, forward_func: Any, base: _TokenBase, tokenizer: Any = None, **driving: Any) -> None:
-        super().__init__(check_model(forward_func))
+        super().__init__(hugging_face("recursive", forward_func))
         self.base, self.tokenizer, self.driving = base, tokenizer, driving
         self._method({})  # refuses options now
 
@@ -109,6 +108,10 @@ class RecursiveTokens(TokenAttribution):
         return torch.nn.functional.pad(scores.detach().float().cpu(), (0, len(ids) - position))
 
     def _method(self, options: dict[str, Any]) -> RecursiveRows:
+        own = sorted(self.driving.keys() & options.keys())
+        if own:
+            made = f"recursive({_name(self.base)}(model), ...)"
+            raise TypeError(f"{', '.join(own)} cannot be changed in attribute; pass it to {made}")
         rows = partial(self.rows, **options)
         return RecursiveRows(self.forward_func, self.tokenizer, rows, noted={"base": _name(self.base)}, **self.driving)
 
@@ -159,14 +162,27 @@ class _OneToken:
         return found.scores[:position]
 
 
+_SET = ("inputs", "target", "additional_forward_args")
+"""Arguments of a method of Captum that are not the user's to give."""
+
+
 class _Single:
     """A method of Captum for the log-probability of one token, given those before it."""
 
     def __init__(self, method: Any) -> None:
-        self.model, self.__name__ = check_model(method.forward_func), type(method).__name__
+        self.model, self.__name__ = hugging_face("recursive", method.forward_func), type(method).__name__
         self.method = copy(method)
         self.method.forward_func = self.log_probabilities
-        self.takes = inspect.signature(method.attribute).parameters
+        parameters = inspect.signature(method.attribute).parameters.values()
+        self.takes = [one.name for one in parameters if one.kind is not one.VAR_KEYWORD and one.name not in _SET]
+
+    def __call__(self, input_ids: Tensor, position: int, **options: Any) -> Any:
+        """Scores [position] of the tokens before the one at ``position``."""
+        refuse_unknown(self.__name__, options, self.takes)
+        return self._scores(input_ids, position, options)
+
+    def _scores(self, input_ids: Tensor, position: int, options: dict[str, Any]) -> Any:
+        raise NotImplementedError
 
     def log_probabilities(self, inputs: Tensor) -> Tensor:
         """Of every token that may come next. result: [batch, vocabulary]"""
@@ -182,7 +198,7 @@ class _OnTokens(_Single):
     def log_probabilities(self, inputs: Tensor) -> Tensor:
         return self._next(input_ids=inputs.long())
 
-    def __call__(self, input_ids: Tensor, position: int, **options: Any) -> Tensor:
+    def _scores(self, input_ids: Tensor, position: int, options: dict[str, Any]) -> Any:
         defaults: dict[str, Callable[[], Any]] = {
             "baselines": partial(replacement_token, self.model),
             "sliding_window_shapes": lambda: (1,),
@@ -198,7 +214,7 @@ class _OnEmbeddings(_Single):
     def log_probabilities(self, inputs: Tensor) -> Tensor:
         return self._next(inputs_embeds=inputs)
 
-    def __call__(self, input_ids: Tensor, position: int, **options: Any) -> Tensor:
+    def _scores(self, input_ids: Tensor, position: int, options: dict[str, Any]) -> Any:
         embed = self.model.get_input_embeddings()
         before = input_ids[None, :position]
         if isinstance(options.get("baselines"), int):

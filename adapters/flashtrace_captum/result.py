@@ -22,9 +22,11 @@ if TYPE_CHECKING:
 class LLMTraceAttributionResult(LLMAttributionResult):
     """What :meth:`flashtrace_captum.LLMTraceAttribution.attribute` returns. Tensors are float32.
 
-    Captum's fields: ``input_tokens`` and ``output_tokens`` (pieces of text), ``seq_attr`` [features], ``token_attr``
-    [R, features] with NaN in the rows that the method did not compute, or None, ``output_probs`` [R], ``inp``.
+    Captum's fields: ``input_tokens`` and ``output_tokens``, labelled as in the results of its own methods;
+    ``seq_attr`` [features], ``token_attr`` [R, features] with NaN in the rows that the method did not compute, or
+    None, ``output_probs`` [R], ``inp``.
 
+    input_texts, output_texts: the same tokens as readable pieces of text, which plots show
     response_attr:    [R]                  importance that passed through each response token; 0 from the answer on
     hop_attr:         [hops+1, features]   hop by hop, before the hops are weighted; None from methods without hops
     unassigned_attr:  importance of prompt tokens that belong to no feature: skipped tokens, text between slots
@@ -34,6 +36,8 @@ class LLMTraceAttributionResult(LLMAttributionResult):
     attribution:      the full result of flashtrace_plugin, with heads, layers and reports; None from other methods
     """
 
+    input_texts: list[str]
+    output_texts: list[str]
     response_attr: Tensor
     hop_attr: Tensor | None
     unassigned_attr: float
@@ -47,6 +51,8 @@ class LLMTraceAttributionResult(LLMAttributionResult):
         *,
         input_tokens: list[str],
         output_tokens: list[str],
+        input_texts: list[str],
+        output_texts: list[str],
         seq_attr: Tensor,
         output_log_probs: Tensor,
         response_attr: Tensor,
@@ -66,6 +72,8 @@ class LLMTraceAttributionResult(LLMAttributionResult):
             output_probs=output_log_probs.exp(),
             inp=inp,
         )
+        self.input_texts = input_texts
+        self.output_texts = output_texts
         self.output_log_probs = output_log_probs
         self.response_attr = response_attr
         self.hop_attr = hop_attr
@@ -76,7 +84,7 @@ class LLMTraceAttributionResult(LLMAttributionResult):
 
     @property
     def seq_attr_dict(self) -> dict[str, float]:
-        """Score by text of the feature; features of the same text are added up, where Captum keeps the last."""
+        """Score by label of the feature; features of the same label are added up, where Captum keeps the last."""
         total: Counter[str] = Counter()
         for token, score in zip(self.input_tokens, self.seq_attr.tolist(), strict=True):
             total[token] += score
@@ -85,20 +93,20 @@ class LLMTraceAttributionResult(LLMAttributionResult):
     @property
     def answer_text(self) -> str:
         """The explained part of the response."""
-        return "".join(self.output_tokens[self.answer])
+        return "".join(self.output_texts[self.answer])
 
     def top(self, k: int = 10) -> list[TokenScore]:
         """The k highest-scoring features, best first; ties in the order of the text."""
         scores = self.seq_attr.detach()
         order = scores.argsort(descending=True, stable=True)[:k].tolist()
-        return [TokenScore(i, self.input_tokens[i], float(scores[i])) for i in order]
+        return [TokenScore(i, self.input_texts[i], float(scores[i])) for i in order]
 
     def plot_seq_attr(self, show: bool = False) -> tuple[Figure, Axes] | None:
         """Bars over all features if they are few; else windows over the text above the largest scores."""
         from flashtrace_captum.plots import plot_scores, shown
 
         title = f"Attribution of {self.answer_text.strip()!r} to the prompt"
-        return shown(plot_scores(self.seq_attr, self.input_tokens, title), show)
+        return shown(plot_scores(self.seq_attr, self.input_texts, title), show)
 
     def plot_response_attr(self, show: bool = False) -> tuple[Figure, Axes] | None:
         """The same for the response: which steps of the reasoning the answer rests on."""
@@ -108,7 +116,7 @@ class LLMTraceAttributionResult(LLMAttributionResult):
         before = slice(0, self.answer.start)
         if self.answer.start == 0:
             raise CaptumInputError("the answer begins the response, so there is no reasoning to plot")
-        return shown(plot_scores(self.response_attr[before], self.output_tokens[before], title), show)
+        return shown(plot_scores(self.response_attr[before], self.output_texts[before], title), show)
 
     def plot_token_attr(self, show: bool = False) -> tuple[Figure, Axes] | None:
         """A heat map of the computed rows; of long texts the largest columns, and windows of rows."""
@@ -121,9 +129,9 @@ class LLMTraceAttributionResult(LLMAttributionResult):
             )
         computed = ~self.token_attr.isnan().any(1)
         numbers = computed.nonzero()[:, 0].tolist()
-        rows = [self.output_tokens[i] for i in numbers]
+        rows = [self.output_texts[i] for i in numbers]
         title = "Attribution of each answer token"
-        return shown(plot_rows(self.token_attr[computed], rows, self.input_tokens, title, numbers[0]), show)
+        return shown(plot_rows(self.token_attr[computed], rows, self.input_texts, title, numbers[0]), show)
 
     def plot_hop_attr(self, show: bool = False) -> tuple[Figure, Axes] | None:
         """A heat map of the hops: hop 0 from the answer, each further hop from the reasoning."""
@@ -132,7 +140,7 @@ class LLMTraceAttributionResult(LLMAttributionResult):
         if self.hop_attr is None:
             raise CaptumInputError("hop_attr is None: the method has no hops; use plot_seq_attr")
         rows = [f"hop {k}" for k in range(len(self.hop_attr))]
-        return shown(plot_rows(self.hop_attr, rows, self.input_tokens, "Attribution per hop"), show)
+        return shown(plot_rows(self.hop_attr, rows, self.input_texts, "Attribution per hop"), show)
 
     def to_visualization_record(self, *, response: bool = False) -> VisualizationDataRecord:
         """A record for ``captum.attr.visualization.visualize_text``, which neither scales nor escapes by itself.

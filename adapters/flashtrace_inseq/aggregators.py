@@ -7,7 +7,7 @@ from typing import Any
 from inseq.data.aggregator import Aggregator, SequenceAttributionAggregator
 from inseq.data.attribution import FeatureAttributionSequenceOutput
 
-from flashtrace_inseq.outputs import TOTAL, FlashTraceSequenceOutput
+from flashtrace_inseq.outputs import TOTAL, FlashTraceSequenceOutput, no_parts
 from flashtrace_inseq.recursion import recursive_sequence
 from flashtrace_plugin.errors import InputError
 
@@ -79,10 +79,7 @@ class RecursiveAggregator(Aggregator):
 def _index(attr: FlashTraceSequenceOutput, part: str) -> int:
     parts = getattr(attr, "_parts", None)
     if not parts or attr.target_attributions.ndim != 3:
-        raise InputError(
-            f"there are no parts to choose {part!r} from: the scores are aggregated already, or come from a method "
-            "without parts; aggregate the result of attribute() itself"
-        )
+        raise no_parts(part)
     if part not in parts:
         raise InputError(f"no part {part!r}; there are {', '.join(parts)}")
     return parts.index(part)

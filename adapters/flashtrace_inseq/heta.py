@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from copy import copy
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -13,10 +12,10 @@ from inseq.utils.typing import TokenWithId
 from tqdm.auto import tqdm
 
 from flashtrace_inseq import outputs
-from flashtrace_inseq.inputs import Where
+from flashtrace_inseq.inputs import Wanted
 from flashtrace_inseq.methods import PluginAttribution
 from flashtrace_inseq.outputs import FlashTraceSequenceOutput
-from flashtrace_plugin.errors import InputError, ReasoningWarning
+from flashtrace_plugin.errors import ReasoningWarning
 from flashtrace_plugin.methods.heta import HETA
 from flashtrace_plugin.methods.heta.options import PRESETS
 from flashtrace_plugin.positions import Positions
@@ -27,6 +26,7 @@ class TokenByToken(PluginAttribution, Registry):
     """HETA in Inseq: without a target every generated token has a column of its own, and presets have names."""
 
     core: ClassVar[type[HETA]]
+    explains = "log_probability"
     default_target = (
         "every generated token by itself, one column each; attr_pos_start and attr_pos_end choose which. A target is "
         "explained as a whole, by its joint log-probability"
@@ -50,7 +50,7 @@ class TokenByToken(PluginAttribution, Registry):
         return self.core.preset(host.model, host.tokenizer, preset, **rest, progress=progress)
 
     def explain(
-        self, method: Any, text: TokenizedText, labels: list[TokenWithId], where: Where
+        self, method: Any, text: TokenizedText, labels: list[TokenWithId], where: Wanted
     ) -> FlashTraceSequenceOutput:
         """The result for one input: a column for the target, or one for each generated token."""
         if where.target is not None:
@@ -68,13 +68,6 @@ class TokenByToken(PluginAttribution, Registry):
                 warnings.simplefilter("ignore", ReasoningWarning)
             found = [quiet.attribute_text(text, target=i, reasoning=_before(text, where.reasoning, i)) for i in bar]
         return outputs.columns(labels, span, found)
-
-    def _run_compatibility_checks(self, attributed_fn: Callable[..., Any]) -> None:
-        if attributed_fn is not self.attribution_model.get_attributed_fn(None):
-            raise InputError(
-                f"attributed_fn={attributed_fn.__name__}: {self.method_name!r} explains the log-probability of the "
-                "target; leave attributed_fn out, or use another method"
-            )
 
 
 def _before(text: TokenizedText, reasoning: Positions | str | None, position: int) -> Positions | str | None:

@@ -17,7 +17,7 @@ from flashtrace_plugin.text import TokenizedText
 
 
 @dataclass(frozen=True)
-class Where:
+class Wanted:
     """What the user chose to explain in one input.
 
     target, reasoning: as :meth:`~flashtrace_plugin.methods.base.Method.attribute_text` takes them
@@ -51,10 +51,10 @@ class Where:
         return Span(max(start, text.prompt_length), stop)
 
 
-def wanted(target: Any, reasoning: Any, n: int, start: int | None, stop: int | None) -> list[Where]:
+def wanted(target: Any, reasoning: Any, n: int, start: int | None, stop: int | None) -> list[Wanted]:
     """What to explain in each of n inputs. Raises InputError for lists of another length."""
     columns = _each("target", target, n), _each("reasoning", reasoning, n)
-    return [Where(t, r, start, stop) for t, r in zip(*columns, strict=True)]
+    return [Wanted(t, r, start, stop) for t, r in zip(*columns, strict=True)]
 
 
 def _each(name: str, value: Any, n: int) -> list[Any]:
@@ -65,6 +65,19 @@ def _each(name: str, value: Any, n: int) -> list[Any]:
     if len(value) != n:
         raise InputError(f"{name} has {len(value)} entries for {n} inputs; give one for all, or one for each")
     return list(value)
+
+
+def checked_texts(sources: str | list[str], targets: str | list[str]) -> tuple[list[str], list[str]]:
+    """Prompts and texts as lists. Raises InputError unless there is one text for each prompt."""
+    prompts, texts = ([one] if isinstance(one, str) else one for one in (sources, targets))
+    if not prompts:
+        raise InputError("no texts were given; pass a prompt, and the same with its generation, or a list of each")
+    if len(prompts) != len(texts):
+        raise InputError(
+            f"{len(texts)} generated texts for {len(prompts)} prompt{'s' * (len(prompts) > 1)}: num_return_sequences "
+            "must be 1 here; generate them by model.generate and pass each text with its prompt"
+        )
+    return prompts, texts
 
 
 def encode(host: Any, prompt: str, text: str, special: bool = True) -> tuple[list[int], int]:

@@ -12,6 +12,7 @@ from inseq.data import BatchEncoding
 from inseq.data.attribution import FeatureAttributionSequenceOutput
 from torch import Tensor
 
+from flashtrace_inseq.kernels import same_kernel
 from flashtrace_plugin.errors import InputError
 
 
@@ -74,7 +75,9 @@ class BaseMatrix:
 
     def __call__(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         start, stop = int(positions[0]), int(positions[-1]) + 1
-        with hooked(self.host, self.name) as base:
+        if "contrast_targets" in (self.given.get("attributed_fn_args") or {}):
+            stop = len(input_ids)  # Inseq aligns a contrast from the last attributed token backwards
+        with on_model(self.host, self.name) as base:
             found = self._run(base, input_ids, start, stop)
         matrix = matrix_of(found)[positions.cpu() - start]
         return torch.nn.functional.pad(matrix, (0, len(input_ids) - matrix.shape[1]))
@@ -90,7 +93,7 @@ class BaseMatrix:
             attr_pos_end=stop,
             show_progress=False,
             pretty_progress=False,
-            attribution_args=split(base, self.args),
+            attribution_args=base_arguments(base, self.args),
             attributed_fn_args=dict(self.given.get("attributed_fn_args") or {}),
         )
         return found.sequence_attributions[0]
@@ -105,7 +108,7 @@ class BaseMatrix:
         return BatchEncoding(ids, torch.ones_like(ids), [tokens], baseline)
 
 
-def split(base: Any, args: Mapping[str, Any]) -> dict[str, Any]:
+def base_arguments(base: Any, args: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments as the base takes them. Raises InputError for others."""
     mine, rest = base.get_attribution_args(**args)
     if rest:
@@ -114,10 +117,10 @@ def split(base: Any, args: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def hooked(host: Any, name: str) -> Iterator[Any]:
+def on_model(host: Any, name: str) -> Iterator[Any]:
     """The method of Inseq on the model while inside; afterwards the model is hooked, and attends, as before."""
     model, before = host.model, (host.is_hooked, host.config)
-    with _same_kernel(model), _same_hooks(model):
+    with same_kernel(model), _same_hooks(model):
         base = FeatureAttribution.load(name, attribution_model=host)
         try:
             if base.use_attention_weights:  # which other kernels do not give
@@ -126,17 +129,6 @@ def hooked(host: Any, name: str) -> Iterator[Any]:
         finally:
             base.unhook()
             host.is_hooked, host.config = before
-
-
-@contextmanager
-def _same_kernel(model: Any) -> Iterator[None]:
-    """The attention implementation is afterwards what it was before."""
-    before = model.config._attn_implementation
-    try:
-        yield
-    finally:
-        if model.config._attn_implementation != before:
-            model.set_attn_implementation(before)
 
 
 @contextmanager

@@ -6,19 +6,22 @@ Inseq's padded batches give decoder-only models wrong positions, and no hook sta
 
 from __future__ import annotations
 
+import inspect
+import warnings
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from textwrap import TextWrapper
 from typing import Any, ClassVar
 
-from inseq.attr import FeatureAttribution
+from inseq.attr import STEP_SCORES_MAP, FeatureAttribution
 from inseq.data import FeatureAttributionOutput
 from inseq.utils import Registry
 from inseq.utils.typing import TokenWithId
 from tqdm.auto import tqdm
 
 from flashtrace_inseq import outputs
-from flashtrace_inseq.inputs import Where, encode, labelled, wanted
+from flashtrace_inseq.inputs import Wanted, checked_texts, encode, labelled, wanted
+from flashtrace_inseq.kernels import without_stored_patterns
 from flashtrace_inseq.outputs import FlashTraceSequenceOutput
 from flashtrace_plugin.attribution import plain
 from flashtrace_plugin.errors import InputError
@@ -37,22 +40,24 @@ class PluginAttribution(FeatureAttribution, Registry):
 
     core:           the method of ``flashtrace_plugin`` that it runs
     default_target: what is explained where no target is given, in words
+    explains:       the objective that it has by nature, as LRP names it; None for what follows the model's flow
     """
 
     core: ClassVar[type[Method]]
+    explains: ClassVar[str | None] = None
     default_target: ClassVar[str] = (
         "the answer, which is what follows the reasoning, narrowed by <answer> or \\boxed{}; all that was generated "
         "where there is neither"
     )
 
     def __init__(self, attribution_model: Any, hook_to_model: bool = True, **kwargs: Any) -> None:
-        given = sorted(self.options() & kwargs.keys())
-        if given:
-            raise InputError(f"{', '.join(given)}: pass options to attribute(), where they belong to one result")
+        if kwargs:
+            raise InputError(
+                f"{', '.join(sorted(kwargs))}: pass options to attribute(), where they belong to one result; "
+                "load_model takes those of the model (model_kwargs) and of the tokenizer (tokenizer_kwargs)"
+            )
         super().__init__(attribution_model, hook_to_model)
-        # These two make Inseq refuse step scores, and warn that an attributed function has no influence.
-        self.is_final_step_method = True
-        self.use_predicted_target = False
+        self.is_final_step_method = True  # makes Inseq refuse step scores
         self.build({}, progress=False)
 
     @classmethod
@@ -78,10 +83,8 @@ class PluginAttribution(FeatureAttribution, Registry):
         return "\n".join([about, "", _LAYOUT, "", "Args (of ``attribute``):", "", *lines, ""])
 
     def get_attribution_args(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Splits the arguments of ``attribute`` into those of the method and the rest, which Inseq warns about."""
-        mine = self.options()
-        rest = {key: value for key, value in kwargs.items() if key not in mine and key != "skip_special_tokens"}
-        return {key: value for key, value in kwargs.items() if key in mine}, rest
+        """All arguments of ``attribute`` as the method's, and none that Inseq would merely warn about."""
+        return {key: value for key, value in kwargs.items() if key != "skip_special_tokens"}, {}
 
     def prepare_and_attribute(
         self,
@@ -98,27 +101,34 @@ class PluginAttribution(FeatureAttribution, Registry):
         clean_special_chars: bool = False,
         attributed_fn: str | Callable[..., Any] | None = None,
         attribution_args: dict[str, Any] | None = None,
+        attributed_fn_args: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> list[FeatureAttributionOutput]:
         """Attributes texts one by one; called by ``attribute`` of Inseq's model, whose arguments these are.
 
         sources, targets: prompts, and prompts with their generations
-        batch_size:       without effect
+        batch_size:       without effect, which is said where there are several texts
         kwargs:           further arguments of Inseq, noted in the result's ``info``
         """
         begin = datetime.now()
         self._check_steps(step_scores, output_step_attributions)
-        function = self.attribution_model.get_attributed_fn(attributed_fn)
-        self._run_compatibility_checks(function)
-        prompts, texts = ([t] if isinstance(t, str) else t for t in (sources, targets))
-        options = self._check_options(attribution_args or {})
-        info = kwargs | {"attributed_fn": function.__name__, "attribution_args": plain(options)}
+        prompts, texts = checked_texts(sources, targets)
+        function, function_args = self.attribution_model.get_attributed_fn(attributed_fn), attributed_fn_args or {}
+        options = self._check_options(attribution_args or {}, function_args)
+        options = self._attributed(function, function_args, options)
+        self._warn_unused(options, kwargs | {"batch_size": batch_size if len(texts) > 1 else None})
+        info = kwargs | {
+            "attributed_fn": function.__name__,
+            "attributed_fn_args": function_args,
+            "attribution_args": plain(options),
+        }
         target, reasoning = (options.pop(name, None) for name in ("target", "reasoning"))
         method = self.build(options, show_progress)
         rows = zip(prompts, texts, wanted(target, reasoning, len(texts), attr_pos_start, attr_pos_end), strict=True)
         bar = tqdm(rows, self.method_name, len(texts), disable=not show_progress or len(texts) == 1)
         how = {"special": not skip_special_tokens, "clean": clean_special_chars}
-        found = [self._one(method, prompt, text, where, **how) for prompt, text, where in bar]
+        with without_stored_patterns(self.attribution_model.model):
+            found = [self._one(method, prompt, text, where, **how) for prompt, text, where in bar]
         return [self._output(found, info | {"exec_time": (datetime.now() - begin).total_seconds()})]
 
     def build(self, options: dict[str, Any], progress: bool) -> Method:
@@ -126,14 +136,14 @@ class PluginAttribution(FeatureAttribution, Registry):
         return self.core(self.attribution_model.model, self.attribution_model.tokenizer, **options)
 
     def explain(
-        self, method: Any, text: TokenizedText, labels: list[TokenWithId], where: Where
+        self, method: Any, text: TokenizedText, labels: list[TokenWithId], where: Wanted
     ) -> FlashTraceSequenceOutput:
         """The result for one input."""
         found = method.attribute_text(text, target=where.chosen(text), reasoning=where.reasoning)
         return outputs.laid_out(labels, found)
 
     def _one(
-        self, method: Method, prompt: str, text: str, where: Where, special: bool, clean: bool
+        self, method: Method, prompt: str, text: str, where: Wanted, special: bool, clean: bool
     ) -> FlashTraceSequenceOutput:
         ids, prompt_length = encode(self.attribution_model, prompt, text, special)
         labels = labelled(self.attribution_model, ids, clean)
@@ -146,7 +156,9 @@ class PluginAttribution(FeatureAttribution, Registry):
                 "output_step_attributions; leave them out, or compute step scores with method='dummy'"
             )
 
-    def _check_options(self, options: dict[str, Any]) -> dict[str, Any]:
+    def _check_options(self, options: dict[str, Any], elsewhere: dict[str, Any]) -> dict[str, Any]:
+        """The method's options; those in ``elsewhere`` are the attributed function's."""
+        options = {name: value for name, value in options.items() if name in self.options() or name not in elsewhere}
         unknown = sorted(options.keys() - self.options())
         if unknown:
             raise InputError(
@@ -154,6 +166,45 @@ class PluginAttribution(FeatureAttribution, Registry):
                 f"it takes {', '.join(sorted(self.options()))}"
             )
         return {name: list(value) if isinstance(value, Iterator) else value for name, value in options.items()}
+
+    def _attributed(
+        self, function: Callable[..., Any], args: dict[str, Any], options: dict[str, Any]
+    ) -> dict[str, Any]:
+        """The options by which the method explains what Inseq is told to attribute. Raises InputError if it cannot."""
+        args = {name: value for name, value in args.items() if value != _default(function, name)}
+        if not args and function is self.attribution_model.get_attributed_fn(None):
+            return options
+        told = f"attributed_fn={function.__name__}" + (f" with {', '.join(sorted(args))}" if args else "")
+        objective = _objective(function, args)
+        if "objective" not in self.options():
+            if objective is not None and objective == self.explains:
+                return options
+            raise InputError(f"{told}: {self.method_name!r} explains {_EXPLAINED[self.explains]}; {_LEAVE_OUT}")
+        if objective is None:
+            raise InputError(
+                f"{told}: {self.method_name!r} explains an objective of its own; {_LEAVE_OUT}: objective='logit', "
+                "objective='log_probability', or objective='contrast' with against='…'"
+            )
+        if options.get("objective", objective) != objective:
+            raise InputError(f"{told} and objective={options['objective']!r} are two objectives; use one")
+        return options | {"objective": objective}
+
+    def _warn_unused(self, options: dict[str, Any], given: dict[str, Any]) -> None:
+        """One warning for all that was given and changes nothing."""
+        names = {"batch_size": (None, 1), "include_eos_baseline": (None, False)}
+        unused = [
+            name for name, usual in names.items() if given.get(name) not in usual and name not in self.uses(options)
+        ]
+        if unused:
+            warnings.warn(
+                f"{self.method_name!r} makes no use of {', '.join(unused)}: texts are attributed one by one, and "
+                "without baselines",
+                stacklevel=4,
+            )
+
+    def uses(self, options: dict[str, Any]) -> set[str]:
+        """Names of further arguments of Inseq's ``attribute`` that the method makes use of."""
+        return set()
 
     def _output(self, found: list[FlashTraceSequenceOutput], info: dict[str, Any]) -> FeatureAttributionOutput:
         common = {
@@ -164,6 +215,26 @@ class PluginAttribution(FeatureAttribution, Registry):
             "step_scores": [],
         }
         return FeatureAttributionOutput(sequence_attributions=found, info=common | info | self.attribution_model.info)
+
+
+_LEAVE_OUT = "leave attributed_fn out, or use another method"
+_EXPLAINED = {
+    None: "the flow that the model computed, whatever is asked of its output",
+    "log_probability": "the log-probability of the target",
+}
+
+
+def _default(function: Callable[..., Any], name: str) -> Any:
+    """What an argument of an attributed function is unless it is given."""
+    return inspect.signature(function).parameters[name].default
+
+
+def _objective(function: Callable[..., Any], args: dict[str, Any]) -> str | None:
+    """The objective of a step function of Inseq, where methods of this package have it."""
+    if function is STEP_SCORES_MAP["logit"]:
+        return "logit"
+    logarithm = function is STEP_SCORES_MAP["probability"] and args == {"logprob": True}
+    return "log_probability" if logarithm else None
 
 
 _WRAPPED = TextWrapper(width=118, initial_indent=" " * 4, subsequent_indent=" " * 8, break_on_hyphens=False)

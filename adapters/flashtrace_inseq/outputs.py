@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from inseq.data import CoarseFeatureAttributionSequenceOutput, FeatureAttributionOutput
+from inseq.data import CoarseFeatureAttributionSequenceOutput, FeatureAttributionOutput, list_aggregation_functions
 from inseq.data.attribution import FeatureAttributionSequenceOutput
 from inseq.utils import isnotebook
 from inseq.utils.typing import TokenWithId
@@ -41,8 +41,7 @@ class FlashTraceSequenceOutput(FeatureAttributionSequenceOutput):
     _parts:              names of the parts: "total", "hop 0", "hop 1", … and the components of the method
     _attributions:       one for every thing explained: a span, or each token of it
 
-    Shown and aggregated by its total. Scores are shares of mass, so a single column is merged over tokens by
-    summing; several columns are merged as elsewhere in Inseq, by the largest absolute value.
+    Shown and aggregated by its total. Scores are shares of mass, so those of merged tokens are summed.
     """
 
     _parts: list[str] | None = None
@@ -56,9 +55,7 @@ class FlashTraceSequenceOutput(FeatureAttributionSequenceOutput):
         ready = isinstance(self.target_attributions, Tensor)
         self._num_dimensions = self.target_attributions.ndim if ready else 0
         self._attribution_dim_names = {"target_attributions": dict(enumerate(_DIMENSIONS[: self._num_dimensions]))}
-        self._dict_aggregate_fn = {
-            "target_attributions": {"spans": "sum" if self.attr_pos_end - self.attr_pos_start == 1 else "absmax"}
-        }
+        self._dict_aggregate_fn = {"target_attributions": {"spans": "sum"}}
         self._aggregator = "hops" if self._num_dimensions == 3 else []
 
     def _recover_from_safetensors(self) -> FlashTraceSequenceOutput:
@@ -73,6 +70,41 @@ class FlashTraceSequenceOutput(FeatureAttributionSequenceOutput):
     def __json_decode__(self, **fields: Any) -> None:
         fields["_attributions"] = [Attribution.from_dict(record) for record in fields["_attributions"]]
         super().__json_decode__(**fields)
+
+    def aggregate(self, aggregator: Any = None, aggregate_fn: Any = None, **options: Any) -> FlashTraceSequenceOutput:
+        """As in Inseq. Raises InputError for options that nothing takes, and for means over the parts of a score."""
+        names = _names(self._aggregator if aggregator is None else aggregator)
+        self._check_options(names, options | ({} if aggregate_fn is None else {"aggregate_fn": aggregate_fn}))
+        self._check_parts(names, options)
+        return super().aggregate(aggregator, aggregate_fn, **options)
+
+    def _check_options(self, names: list[str], options: dict[str, Any]) -> None:
+        ours = set(names) <= _CHOOSE
+        unknown = sorted(
+            set(options) - _CHOOSE_BY if ours else {"hops"} & set(options) if _RECURSIVE not in names else []
+        )
+        if unknown:
+            raise InputError(
+                f"{', '.join(names) or 'a result without parts'} has no option {', '.join(unknown)}; a part of the "
+                "score is chosen by hop=…, part=… or select_idx=…, and hops belongs to attribute()"
+            )
+        chosen = next((f"hop {v}" if k == "hop" else v for k, v in options.items() if k in ("hop", "part")), None)
+        if not names and chosen is not None:
+            raise no_parts(chosen)
+
+    def _check_parts(self, names: list[str], options: dict[str, Any]) -> None:
+        """Inseq's functions work over the last dimension, in which the total stands beside its own hops."""
+        folds = [name for name in names if name == "scores" or name in list_aggregation_functions()]
+        if not folds or isinstance(options.get("select_idx"), int):
+            return
+        if self._num_dimensions < 3 or _CHOOSE & set(names[: names.index(folds[0])]):
+            raise InputError(
+                f"{folds[0]!r} has nothing to work on: there is one number for each pair of tokens; leave it out"
+            )
+        raise InputError(
+            f"{folds[0]!r} would mix the parts of the score, which are {', '.join(self._parts or [])} and not "
+            "independent; choose one: hop=… or part=…"
+        )
 
     def show(self, *args: Any, display: bool = True, return_html: bool = False, **kwargs: Any) -> Any:
         """As in Inseq, with what its table needs today: colours that are CSS, and a display that notebooks have.
@@ -107,6 +139,31 @@ class FlashTraceSequenceOutput(FeatureAttributionSequenceOutput):
                 if token.id < 0 and token.token == label:
                     token.token = tokenizer.decode(ids)
         return self
+
+
+_CHOOSE = {"hops", "parts"}
+"""Names of the aggregators that choose a part of the score."""
+_CHOOSE_BY = {
+    *("hop", "part", "select_idx", "normalize", "rescale"),
+    *("do_pre_aggregation_checks", "do_post_aggregation_checks"),
+}
+_RECURSIVE = "recursive"
+
+
+def _names(aggregator: Any) -> list[str]:
+    """The names of the steps of whatever Inseq takes for an aggregator."""
+    steps = getattr(aggregator, "aggregators", aggregator)
+    steps = steps if isinstance(steps, (list, tuple)) else [steps]
+    steps = [step[0] if isinstance(step, tuple) else step for step in steps]
+    return [str(getattr(step, "aggregator_name", step)) for step in steps]
+
+
+def no_parts(part: str) -> InputError:
+    """The error where a part is chosen and there are none."""
+    return InputError(
+        f"there are no parts to choose {part!r} from: the scores are aggregated already, or come from a method "
+        "without parts; aggregate the result of attribute() itself"
+    )
 
 
 def _encode(attribution: Attribution) -> dict[str, Any]:
@@ -169,7 +226,7 @@ def _column(a: Attribution, rows: int) -> tuple[Tensor, list[str]]:
     over_tokens = {name: c for name, c in a.components.items() if c.ndim == 1 and len(c) >= start}
     parts = {TOTAL: a.source_totals} | {f"hop {k}": hop for k, hop in enumerate(a.hop_scores)} | over_tokens
     before = torch.stack([scores[:start] for scores in parts.values()], dim=1)
-    return torch.cat([before, torch.full((rows - start, len(parts)), torch.nan)]), list(parts)
+    return torch.cat([before, torch.full((rows - start, len(parts)), torch.nan, dtype=before.dtype)]), list(parts)
 
 
 def _joined(tokens: Sequence[TokenWithId]) -> TokenWithId:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
@@ -13,7 +14,7 @@ from inseq.utils import Registry
 
 from flashtrace_inseq import outputs
 from flashtrace_inseq.inputs import wanted
-from flashtrace_inseq.matrices import BaseMatrix, hooked, matrix_of, split
+from flashtrace_inseq.matrices import BaseMatrix, base_arguments, matrix_of, on_model
 from flashtrace_inseq.methods import PluginAttribution
 from flashtrace_inseq.outputs import FlashTraceSequenceOutput
 from flashtrace_plugin.attribution import plain
@@ -45,6 +46,12 @@ class WithBase(PluginAttribution, Registry):
         """As for every method; what Inseq is told to attribute is kept for the base."""
         self._function = self.attribution_model.get_attributed_fn(kwargs.get("attributed_fn"))
         self._given = {name: kwargs.get(name) for name in ("attributed_fn_args", "include_eos_baseline")}
+        contrast = (self._given["attributed_fn_args"] or {}).get("contrast_targets")
+        if isinstance(contrast, (list, tuple)) and len(contrast) > 1:
+            raise InputError(
+                f"contrast_targets lists {len(contrast)} texts, but a base runs for one text at a time; attribute the "
+                "inputs one by one, each with its contrast"
+            )
         try:
             return super().prepare_and_attribute(sources, targets, **kwargs)
         finally:
@@ -64,6 +71,20 @@ class WithBase(PluginAttribution, Registry):
             return self._of_ours(base, args, driving, progress)
         return self._of_inseq(name, args, driving)
 
+    def uses(self, options: dict[str, Any]) -> set[str]:
+        """A base of Inseq's may have baselines."""
+        return {"include_eos_baseline"} if self._runs_inseq(options) else set()
+
+    def _attributed(
+        self, function: Callable[..., Any], args: dict[str, Any], options: dict[str, Any]
+    ) -> dict[str, Any]:
+        """A base of Inseq's attributes what Inseq is told to."""
+        return options if self._runs_inseq(options) else super()._attributed(function, args, options)
+
+    def _runs_inseq(self, options: dict[str, Any]) -> bool:
+        name = options.get("base")
+        return name is not None and not issubclass(_known(name), PluginAttribution)
+
     def _of_ours(
         self, base: type[PluginAttribution], args: dict[str, Any], driving: dict[str, Any], progress: bool
     ) -> Method:
@@ -79,8 +100,8 @@ class WithBase(PluginAttribution, Registry):
         host = self.attribution_model
         if "positions" in driving:
             raise InputError(f"positions has no meaning for the base {name!r}, whose rows are those of the tokens")
-        with hooked(host, name) as base:
-            split(base, args)  # refuses arguments before anything is computed
+        with on_model(host, name) as base:
+            base_arguments(base, args)  # refuses arguments before anything is computed
         rows = BaseMatrix(host, name, args, self._function, self._given)
         noted = {"base": name, "base_args": plain(args)}
         return RecursiveRows(host.model, host.tokenizer, rows, noted=noted, **driving)

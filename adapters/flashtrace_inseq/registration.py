@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from inseq.attr import FeatureAttribution
 from inseq.data import Aggregator
+from inseq.models import FRAMEWORKS_MAP, HuggingfaceModel
 from inseq.utils.id_utils import INSEQ_ID_MAP
+from torch import nn
 
 from flashtrace_inseq.heta import TokenByToken
 from flashtrace_inseq.methods import PluginAttribution
 from flashtrace_inseq.recursion import WithBase
+from flashtrace_plugin.errors import UnsupportedModelError
 from flashtrace_plugin.methods.base import Method
 from flashtrace_plugin.methods.heta import HETA
 from flashtrace_plugin.methods.recursive import RecursiveAttribution
@@ -33,12 +37,28 @@ CLASSES: dict[str, type[PluginAttribution]] = {}
 def register() -> None:
     """Makes a class of every method there is and will be, and tells ``inseq.explain`` all names.
 
-    Its table is built before any plugin is imported.
+    Its table is built before any plugin is imported. Another of Inseq's tables has the loader of ``load_model``.
     """
     METHODS.subscribe(_adapt)
+    FRAMEWORKS_MAP["hf_transformers"] = _Loader
     known = Aggregator.available_classes()
     # A name of both kinds is explained as the method, which tells of the aggregator.
     INSEQ_ID_MAP.update({name: known[name] for name in _AGGREGATORS if name not in CLASSES})
+
+
+class _Loader(HuggingfaceModel):
+    """Inseq's loader, which would take a bridge of TransformerLens for a path."""
+
+    @staticmethod
+    def load(model: Any, *args: Any, **options: Any) -> HuggingfaceModel:
+        """As in Inseq. Raises UnsupportedModelError for a bridge, and for the model inside one."""
+        modules = model.modules() if isinstance(model, nn.Module) else ()
+        if any(type(module).__module__.startswith("transformer_lens.") for module in modules):
+            raise UnsupportedModelError(
+                "Inseq runs Hugging Face models, and this one is made of a TransformerBridge; load the model that "
+                "the bridge was made from, or attribute through it: flashtrace_lens.flashtrace(bridge, tokens, …)"
+            )
+        return HuggingfaceModel.load(model, *args, **options)
 
 
 def _adapt(core: type[Method]) -> None:
