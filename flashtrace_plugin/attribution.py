@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,14 @@ from torch import Tensor
 from flashtrace_plugin.core.flow.components import final_stream_shares
 from flashtrace_plugin.errors import InputError
 from flashtrace_plugin.spans import Span
+from flashtrace_plugin.units.contents import Content
+from flashtrace_plugin.units.scores import Units, UnitScores, find_units, score_units
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from flashtrace_plugin.verify import Verification
+    from flashtrace_plugin.verify.run import VerifyOptions
 
 _FORMAT = "flashtrace-attribution/1"
 
@@ -26,8 +35,25 @@ class TokenScore(NamedTuple):
     score: float
 
 
+class OfModel:
+    """A result that knows the model it explains, as long as others keep that; copies and files do not know it."""
+
+    def remember(self, model: object) -> None:
+        """Keeps a weak reference to the model, if there is one."""
+        object.__setattr__(self, "_model", None if model is None else weakref.ref(model))
+
+    @property
+    def model(self) -> Any:
+        """The model that was explained, or None where it is not known or gone."""
+        reference = vars(self).get("_model")
+        return None if reference is None else reference()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_model"}
+
+
 @dataclass(frozen=True, eq=False)
-class Attribution:
+class Attribution(OfModel):
     """Importance of the prompt's tokens for the target. All tensors are float32, on the CPU and detached.
 
     scores:          [prompt_length]   importance of each prompt token
@@ -42,6 +68,8 @@ class Attribution:
     prompt, reasoning, target: spans of token positions; reasoning is None if there is none
     method, settings: what was run
     closure_error:   largest relative gap between the parts read from the model and the whole
+    contents:        where contents are in the prompt's visible text; what lies between is the chat template's
+    messages:        how many messages the prompt had; 0 for a text
     """
 
     scores: Tensor
@@ -59,6 +87,8 @@ class Attribution:
     closure_error: float
     settings: Mapping[str, Any] = field(default_factory=dict)
     components: Mapping[str, Tensor] = field(default_factory=dict)
+    contents: tuple[Content, ...] = ()
+    messages: int = 0
 
     @property
     def hops(self) -> int:
@@ -96,18 +126,88 @@ class Attribution:
     def stream_shares(self) -> Tensor:
         """Shares of the final residual stream by who wrote it: embeddings, then attention and MLP layer by layer.
 
-        result: [hops+1, 1 + 2 L]; [hops+1, 0] for a method that divides no residual stream. A hop that was not run,
-        for nothing reached it, is 0. See :func:`~flashtrace_plugin.core.flow.components.final_stream_shares`.
+        result: [hops+1, 1 + 2 L], or [hops+1, 1 + 3 L] where something else changed the stream, which then has shares
+        of its own (``components["edit_shares"]`` [hops+1, L]: of the layers' outputs); [hops+1, 0] for a method that
+        divides no residual stream. A hop that was not run, for nothing reached it, is 0. See
+        :func:`~flashtrace_plugin.core.flow.components.final_stream_shares`.
         """
         residual, mlp = self.residual_shares, self.mlp_shares
         if not residual.any() or residual.shape != mlp.shape:
             return residual.new_zeros(len(residual), 0)
-        return final_stream_shares(residual, mlp) * residual.any(1, keepdim=True)
+        return final_stream_shares(residual, mlp, self.components.get("edit_shares")) * residual.any(1, keepdim=True)
+
+    @property
+    def sinks(self) -> tuple[int, ...]:
+        """Positions that draw mass whatever the target, known with ``sinks="report"`` or ``"drop"``."""
+        return tuple(self.settings.get("sink_positions", ()))
+
+    @property
+    def scores_without_sinks(self) -> Tensor:
+        """:attr:`scores` with 0 at the sinks: what is shown. [prompt_length]"""
+        return self.scores.index_fill(0, torch.tensor(self.sinks, dtype=torch.long), 0.0)
 
     def top(self, k: int = 10) -> list[TokenScore]:
-        """The k highest-scoring prompt tokens, best first; ties in the order of the text."""
-        order = self.scores.argsort(descending=True, stable=True)[:k].tolist()
-        return [TokenScore(i, self.tokens[i], float(self.scores[i])) for i in order]
+        """The k highest-scoring prompt tokens without :attr:`sinks`, best first; ties in the order of the text."""
+        order = self.scores.argsort(descending=True, stable=True).tolist()
+        best = [i for i in order if i not in self.sinks][:k]
+        return [TokenScore(i, self.tokens[i], float(self.scores[i])) for i in best]
+
+    def by(self, units: Units, *, part: str = "prompt") -> UnitScores:
+        """Mass over units of text, adding up to that of the tokens::
+
+            attribution.by("sentence").top(3)
+            attribution.by({"contract": contract, "mail": mail}).to_frame()
+            attribution.by("step", part="reasoning")
+
+        units: "word", "line", "sentence", "paragraph", "step" (sentences and clauses between semicolons), "message";
+               a splitter; documents by name, which stand in the prompt word for word; or ranges of characters of the
+               visible text, or Spans of tokens. The visible text is that of all tokens, special ones by their names
+        part:  "prompt", whose mass is :attr:`scores`, or "reasoning", whose mass is :attr:`totals`
+
+        What the chat template or the tokenizer put into the prompt is a unit of kind "template", contents outside of
+        the caller's units one of kind "rest". Raises InputError for units that overlap, cut a character or are not
+        there.
+        """
+        if part not in ("prompt", "reasoning"):
+            raise InputError(f"part must be 'prompt' or 'reasoning', got {part!r}")
+        where = self.prompt if part == "prompt" else self.reasoning
+        if where is None:
+            raise InputError("there is no reasoning whose units could be told apart; pass reasoning=... to attribute")
+        text, begin = "".join(self.tokens[: where.stop]), len("".join(self.tokens[: where.start]))
+        if part == "prompt":
+            contents = self.contents or (Content(0, len(text)),)
+            found = find_units(units, self.tokens[: where.stop], contents, self.messages)
+            return score_units(found, self.tokens, self.scores)
+        found = find_units(units, self.tokens[: where.stop], (Content(begin, len(text)),))
+        inside = [unit for unit in found if unit.ranges[-1][1] > begin]
+        return score_units(inside, self.tokens, self.totals[where.slice], where.start)
+
+    def verify(
+        self,
+        model: object = None,
+        *,
+        unit: Units = "sentence",
+        through: str | None = None,
+        **options: Unpack[VerifyOptions],
+    ) -> Verification:
+        """Replaces what the explanation names in the prompt, and watches log P of what the model wrote fall.
+
+        model:       that was explained; known where the attribution was made in this process, as long as it lives
+        unit:        what is replaced as a whole, as for :meth:`by`; all else of the prompt stays as it is
+        through:     what is watched: "target", given all between prompt and target as it was, or "reasoning": all
+                     that was generated up to the target's end. By default the latter where hops followed a reasoning
+        fractions:   shares of the units that are replaced, best first, by default (0.05, 0.1, 0.2); at least one unit
+        draws:       random choices of as many tokens of the other units to compare with, by default 8
+        replacement: id put in the place of each token; by default the model's pad token, or its end token
+        seed:        of the random choices
+        batch_size:  rows per forward pass; by default as many as memory for the logits allows
+
+        See docs/verify.md for the rule by which it holds. Raises InputError for a model that is unknown or of another
+        family, and where no random choice of equal length is left; warns with ModelWarning for one of another name.
+        """
+        from flashtrace_plugin.verify.run import verify_attribution
+
+        return verify_attribution(self, model, unit=unit, through=through, **options)
 
     def text(self, span: Span) -> str:
         """The text of a span."""
@@ -129,16 +229,18 @@ class Attribution:
         """The inverse of :meth:`to_dict`. Raises InputError for anything else."""
         if data.get("format") != _FORMAT:
             raise InputError(f"not an attribution: format is {data.get('format')!r}, expected {_FORMAT!r}")
-        missing = [f.name for f in fields(cls) if f.name not in data]
+        later = [f.name for f in fields(cls) if f.default is not MISSING]  # files of earlier versions lack them
+        missing = [f.name for f in fields(cls) if f.name not in data and f.name not in later]
         if missing:
             raise InputError(f"the attribution lacks {', '.join(missing)}; was the file cut off?")
-        values = {f.name: data[f.name] for f in fields(cls)}
+        values = {f.name: data[f.name] for f in fields(cls) if f.name in data}
         for name in _TENSORS:
             values[name] = _tensor(values[name])
         for name in ("prompt", "reasoning", "target"):
             values[name] = None if values[name] is None else Span(*values[name])
         values["components"] = {name: _tensor(value) for name, value in values["components"].items()}
         values["tokens"], values["token_ids"] = tuple(values["tokens"]), tuple(values["token_ids"])
+        values["contents"] = tuple(Content(**one) for one in values.get("contents", ()))
         return cls(**values)
 
     def save(self, path: str | Path) -> None:
@@ -185,7 +287,7 @@ def generation_rows(per_token: Tensor, target: Span, scores: Tensor) -> Tensor:
     start, length = len(scores), per_token.shape[1]
     computed = per_token[:, :start]
     total = computed.sum()
-    rows = torch.full((length - start, start), torch.nan)
+    rows = torch.full((length - start, start), torch.nan, dtype=torch.float32)
     rows[target.start - start : target.stop - start] = computed * (scores.sum() / total) if total > 0 else computed
     return rows
 
@@ -200,6 +302,8 @@ def plain(value: Any) -> Any:
         return value.tolist() if value.numel() else {"shape": list(value.shape)}
     if isinstance(value, (Span, slice)):
         return [value.start, value.stop]
+    if isinstance(value, Content):
+        return asdict(value)
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     return [plain(item) for item in value] if isinstance(value, Iterable) and not isinstance(value, str) else value
@@ -207,7 +311,7 @@ def plain(value: Any) -> Any:
 
 def _tensor(value: Any) -> Tensor:
     if isinstance(value, Mapping):
-        return torch.zeros(value["shape"])
+        return torch.zeros(value["shape"], dtype=torch.float32)
     return torch.tensor(value, dtype=torch.float32)
 
 

@@ -28,5 +28,13 @@ class MethodError(FlashTraceError):
     """A method cannot be registered, or returned what no attribution can be."""
 
 
+class CostWarning(UserWarning):
+    """What was asked for will take long; the message tells how long."""
+
+
+class ModelWarning(UserWarning):
+    """An attribution is verified with a model of another name than the one it explains."""
+
+
 class ReasoningWarning(UserWarning):
     """Hops through the reasoning were asked for, and none was found to follow."""

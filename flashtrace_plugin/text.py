@@ -2,22 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, Union
 
 import torch
-from jinja2.exceptions import TemplateError
 from torch import Tensor
 
 from flashtrace_plugin.errors import InputError, SpanError
-from flashtrace_plugin.formats import ENDS, FormatChoice, chosen_formats, find_parts, thinking_before
+from flashtrace_plugin.formats import (
+    ENDS,
+    FormatChoice,
+    ReasoningFormat,
+    chosen_formats,
+    find_parts,
+    thinking_before,
+)
+from flashtrace_plugin.messages import UNRENDERED, check_encodable, check_messages, rendered
 from flashtrace_plugin.positions import Positions, as_span
 from flashtrace_plugin.spans import Chars, Span, find_text, tokens_over
+from flashtrace_plugin.units.contents import Content, in_visible_text, of_messages
+from flashtrace_plugin.units.targets import Locator
 
-Prompt = Union[str, Sequence[Mapping[str, Any]]]
-"""A text, or chat messages ``[{"role": "user", "content": "…"}, …]``."""
+Messages = Sequence[Mapping[str, Any]]
+"""Chat messages ``[{"role": "user", "content": "…"}, …]``."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Chat messages with what else the tokenizer's template is given.
+
+    tools:   schemas or functions that the model may call
+    options: other arguments of the template, such as ``{"enable_thinking": False}``
+    """
+
+    messages: Messages
+    tools: Sequence[Any] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def rendered(self, tokenizer: Any, *, stop: int | None = None, answer: bool = False) -> str:
+        """The text of the first ``stop`` messages; with ``answer`` as the model sees it before it writes its own."""
+        return tokenizer.apply_chat_template(
+            list(self.messages[:stop]),
+            tools=None if self.tools is None else list(self.tools),
+            tokenize=False,
+            add_generation_prompt=answer,
+            **self.options,
+        )
+
+
+Where = Union[Positions, str, Locator]
+"""What a target or the reasoning can be given as: positions, a piece of the generation, or what finds one."""
+
+Prompt = Union[str, Messages, Conversation]
+"""A text, or chat messages."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +86,8 @@ class TokenizedText:
     offsets:       characters of ``generation`` for each of its tokens; none where only ids are known
     ends:          ids that end a text or a turn, or pad it: at the end of the generation they are no part of it
     template:      the tokenizer's chat template, which names the reasoning format
+    contents:      where the contents of chat messages are in the text of all tokens
+    messages:      how many messages the prompt had; 0 for a text
     """
 
     input_ids: Tensor
@@ -56,6 +97,8 @@ class TokenizedText:
     offsets: tuple[Chars, ...]
     ends: frozenset[int] = frozenset()
     template: Any = None
+    contents: tuple[Content, ...] = ()
+    messages: int = 0
 
     @property
     def written(self) -> int:
@@ -63,15 +106,13 @@ class TokenizedText:
         return written_length(self.input_ids.tolist(), self.prompt_length, self.ends)
 
     def locate(
-        self, target: Positions | str | None, reasoning: Positions | str | None, format: FormatChoice = None
+        self, target: Where | None, reasoning: Where | None, format: FormatChoice = None
     ) -> tuple[Span, Span | None]:
         """The spans of :meth:`parts` without the rules."""
         found = self.parts(target, reasoning, format)
         return found.target, found.reasoning
 
-    def parts(
-        self, target: Positions | str | None, reasoning: Positions | str | None, format: FormatChoice = None
-    ) -> Located:
+    def parts(self, target: Where | None, reasoning: Where | None, format: FormatChoice = None) -> Located:
         """Target and reasoning as spans: given as positions, as a piece of the generation, or found in it.
 
         With a target of the caller's and no reasoning, the reasoning is the thinking that ends before that target.
@@ -83,20 +124,34 @@ class TokenizedText:
             where, rule = self._over("target", found.target), found.target_rule
             chars, through = found.reasoning, found.reasoning_rule
         else:
-            where, rule = self.span("target", target), ""
+            where, rule = self.span("target", target, formats), ""
             thinking = thinking_before(self.generation, self._begin(where), formats)
             chars, through = (thinking.chars, thinking.rule) if thinking else (None, "")
         if reasoning is not None:
-            return Located(where, self.span("reasoning", reasoning), rule)
+            return Located(where, self.span("reasoning", reasoning, formats), rule)
         return Located(where, self._over("reasoning", chars) if chars else None, rule, through if chars else "")
 
-    def span(self, name: str, where: Positions | str) -> Span:
-        """Positions, or a piece of the generation that occurs once, as a span. Raises SpanError."""
-        if not isinstance(where, str):
+    def span(self, name: str, where: Where, formats: Iterable[ReasoningFormat] | None = None) -> Span:
+        """Positions, a piece of the generation that occurs once, or what a locator finds, as a span.
+
+        formats: of the reasoning, behind which the answer begins for a locator
+
+        Raises SpanError where there is no such place.
+        """
+        if not isinstance(where, (str, Locator)):
             return as_span(name, where, len(self.input_ids))
         if not self.offsets:
             raise SpanError(f"{name} {where!r} is a text, but without a tokenizer only positions are known")
-        return self._over(name, find_text(self.generation, where, name))
+        if isinstance(where, str):
+            return self._over(name, find_text(self.generation, where, name))
+        visible, chars = self.answer(formats)
+        return self._over(name, where.locate(visible, chars))
+
+    def answer(self, formats: Iterable[ReasoningFormat] | None = None) -> tuple[str, Chars]:
+        """The generation without what ends it, and the characters of it that follow the reasoning."""
+        visible = self._visible()
+        thinking = thinking_before(visible, len(visible), formats)
+        return visible, (thinking.begin if thinking else 0, len(visible))
 
     def _visible(self) -> str:
         """The generation's text without what ends it."""
@@ -164,7 +219,7 @@ def _turn_ends(tokenizer: Any, special: Mapping[str, int]) -> list[str]:
     messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": _MARK}]
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False)
-    except (TemplateError, TypeError, ValueError, KeyError):
+    except UNRENDERED:
         return []  # a template with demands of its own; it is used as it is where a prompt is rendered
     after = text.partition(_MARK)[2].strip()
     return [name for name in special if name and after.startswith(name)]
@@ -180,6 +235,45 @@ def tokenize(tokenizer: Any, prompt: Prompt, generation: str, ends: frozenset[in
 
     Raises InputError for an empty prompt or generation, or a tokenizer that cannot reproduce the text.
     """
+    text, special = _checked_text(tokenizer, prompt, generation)
+    return with_messages(tokenizer, prompt, _tokenized(tokenizer, text, special, generation, ends), text)
+
+
+def with_messages(tokenizer: Any, prompt: Prompt, found: TokenizedText, text: str | None = None) -> TokenizedText:
+    """The same text with the places of the prompt's messages. text: the prompt as it is rendered, if that is known"""
+    if isinstance(prompt, str):
+        return found
+    chat, written = as_conversation(prompt), render(tokenizer, prompt)[0] if text is None else text
+    return replace(found, contents=_contents(tokenizer, chat, written, found), messages=len(chat.messages))
+
+
+def ids_of_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
+    """Token ids of a prompt by itself."""
+    text, special = render(tokenizer, prompt)
+    return tokenizer(text, add_special_tokens=special)["input_ids"]
+
+
+def as_conversation(prompt: Messages | Conversation) -> Conversation:
+    """Chat messages as a conversation."""
+    return prompt if isinstance(prompt, Conversation) else Conversation(prompt)
+
+
+def _contents(tokenizer: Any, chat: Conversation, text: str, found: TokenizedText) -> tuple[Content, ...]:
+    """Where the messages' contents are in the text of the prompt's tokens."""
+
+    def first(count: int) -> str | None:
+        try:
+            return chat.rendered(tokenizer, stop=count)
+        except UNRENDERED:
+            return None  # a template that asks for a certain order or end of the messages
+
+    fast = getattr(tokenizer, "is_fast", False)
+    pairs = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"] if fast else []
+    return in_visible_text(of_messages(chat.messages, text, first), text, found.tokens[: found.prompt_length], pairs)
+
+
+def _checked_text(tokenizer: Any, prompt: Prompt, generation: str) -> tuple[str, bool]:
+    """What :func:`render` makes of the prompt. Raises InputError where there is nothing to attribute or explain."""
     if not prompt:
         raise InputError("the prompt is empty; there is nothing to attribute to")
     if not isinstance(generation, str):
@@ -188,7 +282,11 @@ def tokenize(tokenizer: Any, prompt: Prompt, generation: str, ends: frozenset[in
         )
     if not generation.strip():
         raise InputError("the generation is empty; there is nothing to explain")
-    text, special = render(tokenizer, prompt)
+    check_encodable("generation", generation)
+    return render(tokenizer, prompt)
+
+
+def _tokenized(tokenizer: Any, text: str, special: bool, generation: str, ends: frozenset[int]) -> TokenizedText:
     prompt_ids = tokenizer(text, add_special_tokens=special)["input_ids"]
     if not prompt_ids:
         raise InputError(f"the tokenizer makes no token of the prompt {text!r}")
@@ -254,12 +352,20 @@ def without_text(input_ids: Tensor, prompt_length: int) -> TokenizedText:
 
 
 def render(tokenizer: Any, prompt: Prompt) -> tuple[str, bool]:
-    """The prompt's text, and whether the tokenizer still has to add its special tokens."""
+    """The prompt's text, and whether the tokenizer still has to add its special tokens.
+
+    Raises InputError for what is no text and no list of messages, and for messages that the template does not take.
+    """
     if isinstance(prompt, str):
+        check_encodable("prompt", prompt)
         return prompt, True
+    chat = as_conversation(prompt)
+    check_messages(chat.messages)
     if getattr(tokenizer, "chat_template", None) is None:
         raise InputError("chat messages need a tokenizer with a chat template; pass the prompt as a text instead")
-    return tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True), False
+    text = rendered(chat.messages, lambda count: chat.rendered(tokenizer, stop=count, answer=True))
+    check_encodable("prompt", text)
+    return text, False
 
 
 def pieces(tokenizer: Any, ids: Sequence[int]) -> tuple[str, ...]:

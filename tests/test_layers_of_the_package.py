@@ -18,10 +18,10 @@ ADAPTERS = {"flashtrace_inseq", "flashtrace_captum", "flashtrace_lens"}
 
 LAYERS = (
     {"errors"},
-    {"core", "spans", "positions", "formats", "text", "units"},
+    {"core", "spans", "positions", "formats", "messages", "text", "served", "units"},
     {"attribution", "models"},
     {"methods"},
-    {"loading", "reasoner", "evaluation", "report", "graph", "verify"},
+    {"loading", "reasoner", "evaluation", "report", "graph", "verify", "sources"},
     {"cli", "demo", "runs", "serve"},
 )
 """The parts of the package, from the bottom up; a part imports from its own layer and from those before it."""

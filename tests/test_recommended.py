@@ -21,7 +21,7 @@ def test_explain_is_the_recommended_method_is_lrp_with_its_setting():
     model, tokenizer = tiny("qwen3"), tiny_tokenizer()
     found = explain(model, tokenizer, PROMPT, GENERATION)
     assert found == Recommended(model, tokenizer).attribute(PROMPT, GENERATION)
-    lrp = LRP(model, tokenizer, hops=1, sinks="drop", **SETTING).attribute(PROMPT, GENERATION)
+    lrp = LRP(model, tokenizer, hops=1, sinks="report", **SETTING).attribute(PROMPT, GENERATION)
     assert torch.equal(found.hop_scores, lrp.hop_scores) and found.method == "recommended"
     assert {name: found.settings[name] for name in SETTING} == SETTING
     direct = explain(model, tokenizer, PROMPT, GENERATION, target="garden", hops=0)

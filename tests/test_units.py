@@ -2,7 +2,7 @@
 
 import torch
 
-from flashtrace_plugin.units import token_shares
+from flashtrace_plugin.units.shares import token_shares
 
 TEXT = "a red box, a key"
 #       0123456789012345

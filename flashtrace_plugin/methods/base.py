@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
-from typing import Any, ClassVar
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,10 +17,18 @@ from flashtrace_plugin.errors import InputError, MethodError
 from flashtrace_plugin.methods.driver import Step, drive
 from flashtrace_plugin.methods.options import Declared, Driving, Options, declared, driven
 from flashtrace_plugin.methods.task import Task
+from flashtrace_plugin.models.modes import same_function_modes, without_autocast
 from flashtrace_plugin.models.read.source import source_for
-from flashtrace_plugin.positions import Positions
 from flashtrace_plugin.spans import Span, check_spans
-from flashtrace_plugin.text import Located, Prompt, TokenizedText, end_ids, from_ids, tokenize, without_text
+from flashtrace_plugin.text import Located, Prompt, TokenizedText, Where, end_ids, from_ids, tokenize, without_text
+from flashtrace_plugin.units.contents import Content, between_special
+from flashtrace_plugin.units.scores import Units
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from flashtrace_plugin.graph.hops import GraphOptions
+    from flashtrace_plugin.graph.result import Graph
 
 
 class Method(ABC):
@@ -29,6 +37,7 @@ class Method(ABC):
     A method of your own declares the following and defines :meth:`start`; docs/adding-a-method.md builds one.
 
     name:         how hosts and the command line call it
+    explains_steps: whether a hop of it may explain any tokens of the reasoning, as the graph of steps needs
     Options:      its own options, a frozen dataclass of :func:`~flashtrace_plugin.methods.options.option` fields
     drives:       the driver's options that mean something for it, with their defaults here
     renormalises: whether the prompt's scores are brought to sum 1 (Eq. 31)
@@ -41,6 +50,7 @@ class Method(ABC):
     Options: ClassVar[type[Options]] = Options
     drives: ClassVar[Mapping[str, Any]] = driven(hops=1, recursion="reasoning", positions="token", ignore=())
     renormalises: ClassVar[bool] = False
+    explains_steps: ClassVar[bool] = True
 
     @property
     def conserves(self) -> bool:
@@ -65,6 +75,7 @@ class Method(ABC):
         driving = dict(self.drives) | {k: v for k, v in options.items() if k in self.drives}
         self.options = self.Options(**{k: v for k, v in options.items() if k not in self.drives})
         self.driving = Driving(**({"hops": 0} | driving))
+        self._hops_asked = "hops" in options  # a default is nothing that a text without reasoning could disappoint
         self.source = source_for(model)
         self.tokenizer = tokenizer if tokenizer is not None else self.source.tokenizer
 
@@ -82,21 +93,22 @@ class Method(ABC):
         prompt: Prompt,
         generation: str,
         *,
-        target: Positions | str | None = None,
-        reasoning: Positions | str | None = None,
+        target: Where | None = None,
+        reasoning: Where | None = None,
     ) -> Attribution:
         """Attributes a generated text to its prompt.
 
         prompt:     a text, or chat messages that go through the tokenizer's template
         generation: what the model wrote after it, thinking included
-        target:     what to explain: a piece of the generation, or token positions of the whole sequence. By default
-                    the answer: what follows the reasoning, narrowed by ``<answer>`` or ``\\boxed{}``; see
+        target:     what to explain: a piece of the generation, token positions of the whole sequence, or what finds
+                    them, such as ``Sentence(0)`` or ``ToolCall(0).argument("to")``. By default the answer: what
+                    follows the reasoning, narrowed by ``<answer>`` or ``\\boxed{}``; see
                     :func:`flashtrace_plugin.formats.find_parts`
         reasoning:  what to follow importance through; by default the thinking before the target
 
         Raises SpanError or InputError for spans and texts that do not fit, UnsupportedModelError and ClosureError
-        for a model that cannot be decomposed. Warns with ReasoningWarning where hops find no reasoning to follow. The
-        model is left as it was found.
+        for a model that cannot be decomposed. Warns with ReasoningWarning where hops that were asked for find no
+        reasoning to follow. The model is left as it was found.
         """
         text = tokenize(self._need_tokenizer(), prompt, generation, self.end_ids())
         return self.attribute_text(text, target=target, reasoning=reasoning)
@@ -106,8 +118,8 @@ class Method(ABC):
         input_ids: Tensor,
         *,
         prompt_length: int,
-        target: Positions | str | None = None,
-        reasoning: Positions | str | None = None,
+        target: Where | None = None,
+        reasoning: Where | None = None,
     ) -> Attribution:
         """Attributes a generated sequence of token ids.
 
@@ -122,30 +134,26 @@ class Method(ABC):
         self,
         text: TokenizedText,
         *,
-        target: Positions | str | None = None,
-        reasoning: Positions | str | None = None,
+        target: Where | None = None,
+        reasoning: Where | None = None,
     ) -> Attribution:
         """Attributes a tokenized text: the one door that Python, the command line and all hosts go through.
 
         text: from :func:`flashtrace_plugin.text.tokenize`, or from ids by :meth:`read_ids`
         target, reasoning: as for :meth:`attribute`
         """
-        where = text.parts(target, reasoning, self.driving.format)
-        check_spans(len(text.input_ids), text.prompt_length, where.target, where.reasoning, str(where))
-        # Tensors made in inference mode cannot be differentiated, whatever the caller's mode is.
-        with ExitStack() as open_for_the_call:
-            open_for_the_call.enter_context(torch.inference_mode(False))
-            open_for_the_call.enter_context(self.source.guarded())
-            ids = self.source.check_ids(text.input_ids).clone()
-            task = self._task(ids, text.prompt_length, where.target, where.reasoning, open_for_the_call)
+        where = self._located(text, target, reasoning)
+        with self._opened(text, where) as (task, autocast):
             hops = self.driving.hops if "hops" in self.drives else 0
-            found = drive(self.name, self.start(task), task, hops, renormalise=self.renormalises)
+            found = drive(
+                self.name, self.start(task), task, hops, asked=self._hops_asked, renormalise=self.renormalises
+            )
         numbers = dict(vars(found))
         # Options first, then what is known only after the run.
-        settings = self.settings() | self.source.describe() | _rules(where) | numbers.pop("settings")
+        settings = self.settings() | self.source.describe() | autocast | _rules(where) | numbers.pop("settings")
         if "hops" not in self.drives:
             settings = {k: v for k, v in settings.items() if k not in ("hops_followed", "mass_left")}
-        return Attribution(
+        explained = Attribution(
             tokens=text.tokens,
             token_ids=tuple(text.input_ids.tolist()),
             prompt=Span(0, text.prompt_length),
@@ -153,7 +161,86 @@ class Method(ABC):
             target=where.target,
             method=self.name,
             settings=settings,
+            contents=self._contents(text),
+            messages=text.messages,
             **numbers,
+        )
+        explained.remember(self.source.language_model)
+        return explained
+
+    def graph(
+        self,
+        prompt: Prompt,
+        generation: str,
+        *,
+        target: Where | None = None,
+        reasoning: Where | None = None,
+        unit: Units = "sentence",
+        step_unit: Units = "step",
+        max_units: int = 2000,
+    ) -> Graph:
+        """Which step of the reasoning rests on which, and the answer on all of them: one hop from every step.
+
+        prompt, generation, target, reasoning: as for :meth:`attribute`; without reasoning there are no steps
+        unit:      of the prompt, as for :meth:`~flashtrace_plugin.attribution.Attribution.by`
+        step_unit: of the reasoning, likewise
+        max_units: how many steps there may be, each of which costs a hop
+
+        Raises what :meth:`attribute` raises, InputError for units that do not fit and for too many steps, and
+        MethodError for a method whose hops cannot explain a step by itself. See docs/graph.md.
+        """
+        text = tokenize(self._need_tokenizer(), prompt, generation, self.end_ids())
+        return self.graph_text(
+            text, target=target, reasoning=reasoning, unit=unit, step_unit=step_unit, max_units=max_units
+        )
+
+    def graph_ids(self, input_ids: Tensor, *, prompt_length: int, **options: Unpack[GraphOptions]) -> Graph:
+        """:meth:`graph` of a generated sequence of token ids, given as for :meth:`attribute_ids`."""
+        return self.graph_text(self.read_ids(input_ids, prompt_length), **options)
+
+    def graph_text(
+        self,
+        text: TokenizedText,
+        *,
+        target: Where | None = None,
+        reasoning: Where | None = None,
+        unit: Units = "sentence",
+        step_unit: Units = "step",
+        max_units: int = 2000,
+    ) -> Graph:
+        """:meth:`graph` of a tokenized text: the one door, as :meth:`attribute_text` is for attributions."""
+        from flashtrace_plugin.graph.hops import Asked, check_steps_are_explained, graph_of_steps
+
+        check_steps_are_explained(self)
+        where = self._located(text, target, reasoning)
+        asked = Asked(text, where, self._contents(text), unit, step_unit, max_units)
+        with self._opened(text, where) as (task, autocast):
+            graph = graph_of_steps(self, task, asked, autocast | _rules(where))
+        graph.remember(self.source.language_model)
+        return graph
+
+    def _located(self, text: TokenizedText, target: Where | None, reasoning: Where | None) -> Located:
+        """The spans of a text, checked."""
+        where = text.parts(target, reasoning, self.driving.format)
+        check_spans(len(text.input_ids), text.prompt_length, where.target, where.reasoning, str(where))
+        return where
+
+    @contextmanager
+    def _opened(self, text: TokenizedText, where: Located) -> Iterator[tuple[Task, dict[str, Any]]]:
+        """The task of a text in the state in which methods run, and what results note of the caller's state."""
+        # Tensors made in inference mode cannot be differentiated, whatever the caller's mode is.
+        with ExitStack() as open_for_the_call:
+            open_for_the_call.enter_context(same_function_modes())
+            open_for_the_call.enter_context(torch.inference_mode(False))
+            autocast = open_for_the_call.enter_context(without_autocast())
+            ids = self.source.check_ids(text.input_ids).clone()
+            yield self._task(ids, text.prompt_length, where.target, where.reasoning, open_for_the_call), autocast
+
+    def _contents(self, text: TokenizedText) -> tuple[Content, ...]:
+        """Where the prompt's contents are: those of its messages, or what stands between special tokens."""
+        prompt = slice(0, text.prompt_length)
+        return text.contents or between_special(
+            text.tokens[prompt], text.input_ids[prompt].tolist(), self._special_ids()
         )
 
     def attribute_batch(
@@ -161,8 +248,8 @@ class Method(ABC):
         prompts: Sequence[Prompt],
         generations: Sequence[str],
         *,
-        targets: Sequence[Positions | str | None] | None = None,
-        reasonings: Sequence[Positions | str | None] | None = None,
+        targets: Sequence[Where | None] | None = None,
+        reasonings: Sequence[Where | None] | None = None,
         progress: bool = False,
     ) -> list[Attribution]:
         """Attributes several texts, one after the other, with the numbers of :meth:`attribute`.
@@ -228,10 +315,11 @@ class Method(ABC):
         chosen = _mask(len(kept), target) & kept
         if not bool(chosen.any()):
             raise InputError(f"all tokens of target {target} are ignored; ignore fewer, or choose another target")
+        first = 0 if own else 1
         followed: dict[str, list[Span | None]] = {
             "reasoning": [reasoning],
             "generation": [reasoning, target],
-            "prompt": [Span(0 if own else 1, target.start)],
+            "prompt": [Span(first, target.start) if first < target.start else None],
         }
         through = _mask(len(kept), *followed[self.driving.recursion]) & kept
         sinks = self.driving.sinks if "sinks" in self.drives else "keep"

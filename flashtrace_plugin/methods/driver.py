@@ -35,42 +35,63 @@ class _Found:
     settings: dict[str, Any]
 
 
-def drive(name: str, begun: Step | Rows, task: Task, hops: Hops, *, renormalise: bool = False) -> _Found:
+def drive(
+    name: str, begun: Step | Rows, task: Task, hops: Hops, *, asked: bool = True, renormalise: bool = False
+) -> _Found:
     """Runs the hops and puts together what they found.
 
     name:        of the method, for errors
     begun:       the method's step, or its matrix of rows
-    hops:        how many are asked for
+    hops:        how many to make
+    asked:       whether the caller asked for them, and is told when there is no reasoning to follow
     renormalise: whether the prompt's scores are brought to sum 1 (Eq. 31)
 
     Raises MethodError for a hop that no attribution can be made of.
     """
-    if isinstance(begun, Rows):
-        begun = replace(begun, alpha=begun.alpha * task.kept)
-    step = begun.step if isinstance(begun, Rows) else begun
+    step, task, sinks = stepping(name, begun, task)
     done: list[Hop] = []
 
     def checked_step(weights: Tensor) -> Tensor:
-        hop = checked(name, step(weights), task, done)
-        done.append(_closed(hop, weights, task))
-        return hop.alpha * task.kept
+        done.append(one_step(name, step, weights, task, done))
+        return done[-1].alpha * task.kept
 
-    sinks = _sinks(checked(name, step(task.neutral_weights), task), task) if task.sinks != "keep" else None
-    if sinks is not None and task.sinks == "drop":
-        task = replace(task, kept=task.kept & ~sinks, through=task.through & ~sinks)
     follow = bool(task.through.any())
-    if hops and hops != "auto" and not follow:
+    if asked and hops and hops != "auto" and not follow:
         _warn_without_reasoning(name, hops)
     if hops == inf and follow:
         found = _all_at_once(name, begun, task, checked_step)
     else:
         most = 0 if not follow else hops if isinstance(hops, int) else None
         found = recurse(checked_step, task.initial, task.through, most, task.shift)
-    asked = hops if isinstance(hops, int) else len(found.hop_scores) - 1
+    length = hops if isinstance(hops, int) else len(found.hop_scores) - 1
     followed = "all" if hops == inf and follow else len(done) - 1
     facts: dict[str, Any] = {"hops_followed": followed, "mass_left": found.left}
-    put_together = _assembled(found, done, task, asked, renormalise, facts)
-    return put_together if sinks is None else _with_sinks(put_together, sinks, done[0], task)
+    put_together = _assembled(found, done, task, length, renormalise, facts)
+    if sinks is None:
+        return put_together
+    return replace(
+        put_together,
+        components=put_together.components | {"sinks": sinks.float()},
+        settings=put_together.settings | sink_facts(sinks, done[0], task),
+    )
+
+
+def stepping(name: str, begun: Step | Rows, task: Task) -> tuple[Step, Task, Tensor | None]:
+    """A method's step, the task without what is left out as a sink, and where sinks are if they were asked for."""
+    step = replace(begun, alpha=begun.alpha * task.kept).step if isinstance(begun, Rows) else begun
+    if task.sinks == "keep":
+        return step, task, None
+    # A prompt of one token has nothing to be measured by.
+    measured = bool(task.neutral.any())
+    sinks = _sinks(checked(name, step(task.neutral_weights), task), task) if measured else task.neutral
+    if task.sinks == "drop":
+        task = replace(task, kept=task.kept & ~sinks, through=task.through & ~sinks)
+    return step, task, sinks
+
+
+def one_step(name: str, step: Step, weights: Tensor, task: Task, before: Sequence[Hop] = ()) -> Hop:
+    """One hop, checked and with its closure error, beside those that were made before. weights: [N]"""
+    return _closed(checked(name, step(weights), task, before), weights, task)
 
 
 SINK = 10.0
@@ -90,15 +111,11 @@ def _sinks(neutral: Hop, task: Task) -> Tensor:
     return candidates & (mass > SINK / task.prompt_length)
 
 
-def _with_sinks(found: _Found, sinks: Tensor, first: Hop, task: Task) -> _Found:
-    """The result with where the sinks are, and the share of hop 0's mass on the prompt that they drew."""
+def sink_facts(sinks: Tensor, first: Hop, task: Task) -> dict[str, Any]:
+    """Where the sinks are, and the share of hop 0's mass on the prompt that they drew."""
     prompt = first.alpha[: task.prompt_length]
     share = float(prompt[sinks[: task.prompt_length]].sum() / prompt.sum()) if prompt.sum() > 0 else 0.0
-    return replace(
-        found,
-        components=found.components | {"sinks": sinks.float()},
-        settings=found.settings | {"sink_share": share, "sink_positions": sinks.nonzero()[:, 0].tolist()},
-    )
+    return {"sink_share": share, "sink_positions": sinks.nonzero()[:, 0].tolist()}
 
 
 def _all_at_once(name: str, begun: Step | Rows, task: Task, step: Callable[[Tensor], Tensor]) -> Recursion:
@@ -109,7 +126,7 @@ def _all_at_once(name: str, begun: Step | Rows, task: Task, step: Callable[[Tens
             "RecursiveAttribution"
         )
     step(task.initial)
-    return solve(begun, task.initial, task.through, task.shift)
+    return solve(replace(begun, alpha=begun.alpha * task.kept), task.initial, task.through, task.shift)
 
 
 def _warn_without_reasoning(name: str, hops: Hops) -> None:
@@ -139,8 +156,10 @@ def _assembled(
 
     def shares(field: str, rank: int) -> Tensor:
         each = [getattr(hop, field) for hop in hops]
-        return padded(torch.zeros(len(each), *[0] * rank) if each[0] is None else torch.stack(each).float())
+        none = torch.zeros(len(each), *[0] * rank, dtype=torch.float32)
+        return padded(none if each[0] is None else torch.stack(each).float())
 
+    edits = {} if hops[0].edit_shares is None else {"edit_shares": shares("edit_shares", 1)}
     scores = found.scores[: task.prompt_length].clone()
     total = scores.sum()
     return _Found(
@@ -150,7 +169,7 @@ def _assembled(
         head_scores=shares("head_shares", 2),
         residual_shares=shares("residual_shares", 1),
         mlp_shares=shares("mlp_shares", 1),
-        components={name: value.float().cpu() for name, value in hops[0].components.items()},
+        components={name: value.float().cpu() for name, value in hops[0].components.items()} | edits,
         closure_error=max(float(hop.closure_error or 0.0) for hop in hops),
         settings=facts | {k: v for hop in hops for k, v in hop.facts.items()},
     )
@@ -162,7 +181,7 @@ def checked(name: str, hop: Any, task: Task, before: Sequence[Hop] = ()) -> Hop:
         raise MethodError(f"the method {name!r} returned {type(hop).__name__} from a step; it must return a Hop")
     alpha = hop.alpha.detach().float().cpu() if isinstance(hop.alpha, Tensor) else hop.alpha
     _check_alpha(name, alpha, task)
-    for part in ("head_shares", "residual_shares", "mlp_shares"):
+    for part in ("head_shares", "residual_shares", "mlp_shares", "edit_shares"):
         first = getattr(before[0], part) if before else getattr(hop, part)
         _check_shares(name, part, getattr(hop, part), first)
     return replace(hop, alpha=alpha)

@@ -131,7 +131,8 @@ class LRP(Method):
                 f"against={against!r} is the target itself or how it begins, so there is nothing to contrast; pass "
                 "another token or text"
             )
-        return torch.full((task.length,), -1).index_fill(0, torch.tensor([task.target.start + first]), other[first])
+        at = torch.tensor([task.target.start + first])
+        return torch.full((task.length,), -1, dtype=torch.long).index_fill(0, at, other[first])
 
     def _like_target(self, text: str, own: list[int]) -> list[int]:
         """Tokens of a text in the target's place, with space before it where the target has it."""
@@ -175,7 +176,7 @@ class _Run:
     @cached_property
     def _context(self) -> Tensor:
         """Importance for the whole generation up to the target's end, sum 1. result: [N]"""
-        weights = torch.zeros(self.task.length).index_fill(0, _generation(self.task), 1.0)
+        weights = torch.zeros_like(self.task.initial).index_fill(0, _generation(self.task), 1.0)
         mass = self._importance(self._relevance(weights * self.task.kept))
         return mass / mass.sum()
 

@@ -8,8 +8,7 @@ from typing import Any
 from flashtrace_plugin.attribution import Attribution
 from flashtrace_plugin.methods.lrp import LRP, LRPOptions
 from flashtrace_plugin.methods.options import driven, option
-from flashtrace_plugin.positions import Positions
-from flashtrace_plugin.text import Prompt
+from flashtrace_plugin.text import Prompt, Where
 
 
 @dataclass(frozen=True)
@@ -26,13 +25,14 @@ class Recommended(LRP):
 
     Importance is the product of four readings of one linearised pass (rule "attn"): relevance at the embeddings and
     along all layers, for the target through one hop of reasoning and for the whole generation. Positions that draw
-    mass whatever the target are left out (``settings["sink_share"]`` tells how much they drew). docs/recommended.md
+    mass whatever the target are told (``sinks``, and ``settings["sink_share"]`` of the mass) and not shown by ``top``
+    and reports; deletion and insertion need them, for without them many models write nothing. docs/recommended.md
     shows how it was chosen and where it is worse. The setting may change between versions; results note all of it.
     """
 
     name = "recommended"
     Options = _RecommendedOptions
-    drives = driven(hops=1, recursion="reasoning", ignore=(), sinks="drop")
+    drives = driven(hops=1, recursion="reasoning", ignore=(), sinks="report")
 
 
 def explain(
@@ -41,8 +41,8 @@ def explain(
     prompt: Prompt,
     generation: str,
     *,
-    target: Positions | str | None = None,
-    reasoning: Positions | str | None = None,
+    target: Where | None = None,
+    reasoning: Where | None = None,
     **options: Any,
 ) -> Attribution:
     """Explains a generated text by its prompt, with the recommended method and settings.

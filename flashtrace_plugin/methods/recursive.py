@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from typing import Any, Union
 
@@ -16,6 +15,7 @@ from flashtrace_plugin.errors import InputError, UnsupportedModelError
 from flashtrace_plugin.methods.base import Method
 from flashtrace_plugin.methods.options import Driving, Hops, driven, one_of
 from flashtrace_plugin.methods.task import Task
+from flashtrace_plugin.models.guard import evaluating
 
 Base = Union[Method, Tensor]
 
@@ -97,14 +97,15 @@ class RecursiveRows(Method):
 
     def start(self, task: Task) -> Rows:
         """Every row once, then hops over the matrix."""
-        found = self.rows(task.input_ids[0], task.rows).detach().float().cpu()
+        with evaluating(self.source.language_model):  # the base runs the user's model itself
+            found = self.rows(task.input_ids[0], task.rows).detach().float().cpu()
         if found.shape != (len(task.rows), task.length):
             raise InputError(
                 f"the base gave scores {list(found.shape)} for {len(task.rows)} rows over {task.length} tokens; it "
                 "must give one number for each pair"
             )
         _check_finite(found, task)
-        matrix = torch.zeros(task.length, task.length).index_copy(0, task.rows, found)
+        matrix = found.new_zeros(task.length, task.length).index_copy(0, task.rows, found)
         return _Matrix(matrix, None, self.mass).start(task)
 
 
@@ -137,6 +138,7 @@ class _Matrix(Method):
         one_of("mass", mass, ("absolute", "positive"))
         self.matrix = self.matrix.abs() if mass == "absolute" else self.matrix.clamp(min=0)
         self.options, self.driving = self.Options(), Driving(**(dict(self.drives) | options))
+        self._hops_asked = "hops" in options
         self.source, self.tokenizer = _MatrixSource(self.matrix.shape[1]), tokenizer
 
     def start(self, task: Task) -> Rows:
@@ -158,7 +160,7 @@ class _Matrix(Method):
 class _MatrixSource:
     """Stands where a model would: knows how long its sequence is."""
 
-    tokenizer = None
+    tokenizer = language_model = None
 
     def __init__(self, length: int) -> None:
         self.length = length
@@ -179,8 +181,8 @@ class _MatrixSource:
     def configs(self) -> list[Any]:
         return []
 
-    def guarded(self) -> AbstractContextManager[None]:
-        return nullcontext()
+    def whole_text(self) -> bool:
+        return False
 
     def runner(self, input_ids: Tensor) -> Any:
         raise UnsupportedModelError("a matrix cannot be differentiated")

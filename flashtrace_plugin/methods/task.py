@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flashtrace_plugin.core.flow.closure import closure, closure_tolerance
+from flashtrace_plugin.core.flow.edits import with_edits
 from flashtrace_plugin.core.flow.hop import Shares, one_hop, row_hops
 from flashtrace_plugin.core.flow.layer import Layer
 from flashtrace_plugin.core.recursion import Hop
@@ -60,7 +61,7 @@ class Task:
     @cached_property
     def initial(self) -> Tensor:
         """Weights of hop 0: 1 where a target token stands. result: [N]"""
-        return torch.zeros(self.length).index_fill(0, self.target_rows, 1.0)
+        return torch.zeros(self.length, dtype=torch.float32).index_fill(0, self.target_rows, 1.0)
 
     @property
     def target_rows(self) -> Tensor:
@@ -80,22 +81,23 @@ class Task:
         """
         chosen = torch.zeros(self.length, dtype=torch.bool)
         if self.sinks != "keep" and self.prompt_length > 1:
-            chosen[torch.linspace(1, self.prompt_length - 1, _NEUTRAL).round().long()] = True
+            chosen[torch.linspace(1, self.prompt_length - 1, _NEUTRAL, dtype=torch.float32).round().long()] = True
         return chosen
 
     @property
     def neutral_weights(self) -> Tensor:
         """The same as weights on the positions that stand for these tokens, [N]."""
         rows = self.neutral.nonzero()[:, 0] - self.shift
-        return torch.zeros(self.length).index_fill(0, rows, 1.0)
+        return torch.zeros(self.length, dtype=torch.float32).index_fill(0, rows, 1.0)
 
     def record(self, rows: Tensor | None = None) -> Recorded:
-        """Layers of the sequence up to the last row; what comes after cannot matter, so it is not run.
+        """Layers of the sequence; what comes after the last row is run only if it may matter there.
 
         rows: [r]  positions to read, increasing; by default those that may carry weight
         """
         rows = self.rows if rows is None else rows
-        layers = self.source.layers(self.input_ids[:, : int(rows[-1]) + 1], rows)
+        stop = self.length if self.source.whole_text() else int(rows[-1]) + 1
+        layers = with_edits(self.source.layers(self.input_ids[:, :stop], rows))
         found = Recorded(layers, rows, self.length, self.source.describe().get("family", "this model"))
         self.recorded.append(found)
         return found
@@ -118,7 +120,7 @@ class Recorded:
         """One hop of FlashTrace from weights [N] over all positions."""
         found = one_hop(self.layers, weights[self.rows], self.length)
         self._check(found.closure_error, found.worst_layer)
-        return found.mixed(torch.ones(1))
+        return found.mixed(torch.ones(1, dtype=torch.float32))
 
     def each(self, positions: Tensor) -> Shares:
         """One hop from every given position [B] by itself."""
@@ -137,6 +139,6 @@ class Recorded:
         if not error <= bound:
             raise ClosureError(
                 f"{self.family}, layer {worst}: attention's parts do not add up to the residual stream "
-                f"(relative gap {error:.1e}, bound {bound:.0e}). The block is not what its family's "
-                "layout says, so any attribution of it would be wrong"
+                f"(relative gap {error:.1e}, bound {bound:.0e}). The block is not what its family's layout says, or a "
+                "hook changes what lies between its heads and the stream, so any attribution of it would be wrong"
             )

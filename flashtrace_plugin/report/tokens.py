@@ -77,7 +77,7 @@ class TopRow:
 
 def top_rows(attribution: Attribution, evidence: Set[int] = frozenset(), count: int = _TOP) -> list[TopRow]:
     """The strongest tokens of the prompt, best first, those without a score left out."""
-    whole = float(attribution.scores.sum())
+    whole = float(attribution.scores_without_sinks.sum())
     best = [t for t in attribution.top(count) if t.score > 0]
     return [
         TopRow(

@@ -8,6 +8,7 @@ from functools import cached_property
 from string import ascii_lowercase
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from flashtrace_plugin.attribution import Attribution
@@ -82,14 +83,24 @@ def _key(index: int) -> str:
 
 
 def _total(attribution: Attribution) -> _Part:
-    note = "the prompt's scores" + (", all hops together" if attribution.hops > 0 else "")
-    return _Part("Scores", "Total", note, attribution.scores)
+    note = "the prompt's scores" + (", all hops together" if attribution.hops > 0 else "") + _left_out(attribution)
+    return _Part("Scores", "Total", note, attribution.scores_without_sinks)
+
+
+def _left_out(attribution: Attribution) -> str:
+    """What is not shown, in words."""
+    count = len(attribution.sinks)
+    if not count:
+        return ""
+    tokens = "1 token that draws" if count == 1 else f"{count} tokens that draw"
+    return f"; without {tokens} mass whatever is explained, here {attribution.settings['sink_share']:.0%} of it"
 
 
 def _hops(attribution: Attribution) -> Iterator[_Part]:
     for k, values in enumerate(attribution.hop_scores):
         if len(values) == len(attribution.tokens) and (k == 0 or values.any()):
-            yield _Part("Hops, over all positions", f"Hop {k}", _hop_note(k), values)
+            shown = values.index_fill(0, torch.tensor(attribution.sinks, dtype=torch.long), 0.0)
+            yield _Part("Hops, over all positions", f"Hop {k}", _hop_note(k) + _left_out(attribution), shown)
 
 
 def _hop_note(k: int) -> str:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from flashtrace_plugin.errors import InputError
 from flashtrace_plugin.spans import Chars
-from flashtrace_plugin.text import Prompt, pieces, render
+from flashtrace_plugin.text import Messages, Prompt, pieces, render
 
 
 class Written(NamedTuple):
@@ -34,7 +34,7 @@ class TextSample:
     """
 
     task: str
-    prompt: Prompt
+    prompt: str | Messages
     expected: str
     pattern: str
     evidence: tuple[tuple[Chars, ...], ...]
