@@ -48,3 +48,9 @@ def test_one_part_of_a_memory_benchmark_prints_two_numbers(module, arguments, ca
     script(module).measure(*arguments)
     torch.set_num_threads(threads)
     assert len([float(number) for number in capsys.readouterr().out.split()]) == 2
+
+
+def test_graphs_beside_the_forward_pass(capsys):
+    command = "--methods flashtrace,lrp --lengths 256 --steps 4 --repeats 1 --width 64 --layers 1 --no-memory"
+    rows = re.findall(r"^\| [fl]\w+ \|.*", run("benchmarks.graph_speed", command, capsys), re.MULTILINE)
+    assert [row.split()[1] for row in rows] == ["flashtrace", "lrp"]
