@@ -110,6 +110,18 @@ def attribute(
         Path | None, typer.Option("--json", help="Save the attribution; 'show' reads it.", **OUTPUT)
     ] = None,
     html_path: Annotated[Path | None, typer.Option("--html", help="Write a report.", **OUTPUT)] = None,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify",
+            help="Replace what is named in the prompt, and tell how far log P falls.",
+            rich_help_panel="Output",
+        ),
+    ] = False,
+    verify_unit: Annotated[
+        str | None,
+        typer.Option(help="The same by 'word', 'step', 'paragraph' …; default: 'sentence'.", rich_help_panel="Output"),
+    ] = None,
     **driving: Any,
 ) -> None:
     """Explain a model's answer by its prompt.
@@ -141,6 +153,8 @@ def attribute(
     )
     found = explain.attribute_text(text, target=read_span(target), reasoning=read_span(reasoning))
     deliver(found, top, json_path, html_path)
+    if verify or verify_unit is not None:
+        typer.echo(f"\n{found.verify(unit=verify_unit or 'sentence')}")
 
 
 def _options_of(cls: Any, options: dict[str, Any]) -> dict[str, Any]:
