@@ -26,8 +26,8 @@ LENGTH = 128
 _CALL = f"""\
 import flashtrace_inseq, inseq
 from flashtrace_plugin import reasoner
-model = inseq.load_model(str(reasoner.path()), "flashtrace")
-out = model.attribute(prompt, hops={HOPS}, positions="predicting")
+model = inseq.load_model(str(reasoner.path()), "recommended")
+out = model.attribute(prompt, hops={HOPS})
 """
 """What :func:`explained` does, printed for the reader."""
 
@@ -58,8 +58,8 @@ def explained(sample: Sample) -> Attribution:
     from transformers import logging
 
     logging.disable_progress_bar()
-    model: Any = inseq.load_model(str(reasoner.path()), "flashtrace")
-    out = model.attribute(sample.prompt, hops=HOPS, positions="predicting", show_progress=False)
+    model: Any = inseq.load_model(str(reasoner.path()), "recommended")
+    out = model.attribute(sample.prompt, hops=HOPS, show_progress=False)
     return flashtrace_inseq.attributions(out)[0]
 
 

@@ -195,21 +195,24 @@ def _by_task(values: pd.DataFrame, names: list[str]) -> pd.DataFrame:
 
 
 def _figure(spent: list[dict[str, Any]], values: dict[str, pd.DataFrame], path: Path) -> None:
-    """AUROC of the evidence against forward passes, one panel for each model."""
+    """AUROC of the evidence against forward passes, one panel for each model; a colour and a mark for each method."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.6 * len(spent), 4.4), layout="constrained")
-    for axis, one in zip(figure.subplots(1, len(spent), squeeze=False)[0], spent, strict=True):
+    names = list(dict.fromkeys(name for one in spent for name in one["cost"]))
+    others = [name for name in names if name != _RECOMMENDED]
+    looks = {name: {"color": f"C{i % 10}", "marker": "osv^DP"[i % 6], "s": 45} for i, name in enumerate(others)}
+    looks[_RECOMMENDED] = {"color": "black", "marker": "*", "s": 160}
+    figure = Figure(figsize=(3.6 * len(spent), 5.2), layout="constrained")
+    for axis, one in zip(figure.subplots(1, len(spent), squeeze=False, sharey=True)[0], spent, strict=True):
         means = values[one["model"]].groupby("method")["AUROC"].mean()
         for name, cost in one["cost"].items():
-            chosen = name == _RECOMMENDED
-            axis.scatter(
-                max(cost, 0.05), means[name], color="#d0365b" if chosen else "#4772b3", s=60 if chosen else 30
-            )
-            axis.annotate(name, (max(cost, 0.05), means[name]), fontsize=7, xytext=(4, 4), textcoords="offset points")
-        axis.set(xscale="log", xlabel="cost, forward passes", ylabel="AUROC of the evidence", title=one["model"])
+            axis.scatter(max(cost, 0.05), means[name], label=name, **looks[name])
+        axis.set(xscale="log", xlabel="cost, forward passes", title=one["model"])
         axis.spines[["top", "right"]].set_visible(False)
-        axis.margins(x=0.35, y=0.12)
+        axis.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("AUROC of the evidence")
+    handles = {text: handle for axis in figure.axes for handle, text in zip(*axis.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
 

@@ -6,18 +6,17 @@ python -m flashtrace_plugin.evaluation.settings sinks --model smollm2 --cases 3
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 from typing import Annotated, Any
 
 import pandas as pd
 import typer
 
-from flashtrace_plugin.errors import ReasoningWarning
 from flashtrace_plugin.evaluation import models
 from flashtrace_plugin.evaluation.cases import Case
+from flashtrace_plugin.evaluation.comparison import measure
 from flashtrace_plugin.evaluation.drawing import REASONER_TASKS, english_cases, reasoner_cases
-from flashtrace_plugin.evaluation.metrics import auroc, recovery
+from flashtrace_plugin.evaluation.metrics import recovery
 from flashtrace_plugin.evaluation.tables import cell, markdown
 from flashtrace_plugin.evaluation.tasks.english import ENGLISH
 from flashtrace_plugin.methods import METHODS
@@ -59,31 +58,31 @@ def _sinks(
     cases: Annotated[int, typer.Option(help="samples of each task")] = 3,
     seed: Annotated[int, typer.Option(help="of the samples")] = 2,
 ) -> None:
-    """AUROC and recovery with sinks kept and dropped, their share, and how often evidence was taken for a sink."""
+    """Quality with sinks kept and dropped, their share, and how often evidence was taken for a sink."""
     lm, tokenizer = models.load(model)
     drawn = [c for task in ENGLISH for c in english_cases(lm, tokenizer, task, wanted=cases, seed=seed).cases]
     rows, names = [], []
     for method in ("flashtrace", "recommended"):
-        for sinks in ("keep", "drop"):
-            rows.append(_measured(METHODS[method](lm, sinks=sinks), drawn))
+        for sinks in ("report", "drop"):
+            rows.append(_measured(lm, METHODS[method](lm, sinks=sinks), drawn))
             names.append(f"{method}, sinks={sinks!r}")
-    columns = ["AUROC", "recovery", "share of sinks", "sinks", "evidence among them"]
-    typer.echo(markdown(pd.DataFrame(rows, index=pd.Index(names, name=model), columns=columns)))
+    typer.echo(markdown(pd.DataFrame(rows, index=pd.Index(names, name=model), columns=[*_QUALITY, *_TOLD])))
 
 
-def _measured(method: Any, cases: Iterable[Case]) -> list[str]:
-    quality: dict[str, list[float]] = {"AUROC": [], "recovery": [], "share": [], "count": [], "evidence": []}
+_QUALITY = ("AUROC", "recovery", "RISE", "MAS", "log P, top 20%")
+_TOLD = ("share of sinks", "sinks", "evidence among them")
+
+
+def _measured(model: Any, method: Any, cases: Iterable[Case]) -> list[str]:
+    values: dict[str, list[float]] = {name: [] for name in (*_QUALITY, *_TOLD)}
     for case in cases:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ReasoningWarning)
-            found = method.attribute_ids(case.input_ids, **case.spans)
-        sinks = found.settings.get("sink_positions", [])
-        quality["AUROC"].append(auroc(found.scores, case.evidence))
-        quality["recovery"].append(recovery(found.scores, case.evidence))
-        quality["share"].append(found.settings.get("sink_share", 0.0))
-        quality["count"].append(len(sinks))
-        quality["evidence"].append(len(set(sinks) & set(case.evidence)))
-    return [cell(values, 2) for values in quality.values()]
+        found = method.attribute_ids(case.input_ids, **case.spans)
+        quality = measure(model, case, found.scores)
+        told = (found.settings["sink_share"], len(found.sinks), len(set(found.sinks) & set(case.evidence)))
+        for name, value in (quality | dict(zip(_TOLD, told, strict=True))).items():
+            if name in values:
+                values[name].append(value)
+    return [cell(column, 2) for column in values.values()]
 
 
 if __name__ == "__main__":
