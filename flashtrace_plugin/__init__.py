@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from flashtrace_plugin.errors import (
     ClosureError,
+    CostError,
     FlashTraceError,
     InputError,
     MethodError,
@@ -20,6 +21,7 @@ from flashtrace_plugin.spans import Span
 
 if TYPE_CHECKING:
     from flashtrace_plugin.attribution import Attribution
+    from flashtrace_plugin.graph.result import Graph
     from flashtrace_plugin.methods.alti import ALTI
     from flashtrace_plugin.methods.base import Method
     from flashtrace_plugin.methods.flashtrace import FlashTrace
@@ -28,6 +30,11 @@ if TYPE_CHECKING:
     from flashtrace_plugin.methods.lrp import LRP
     from flashtrace_plugin.methods.recommended import Recommended, explain
     from flashtrace_plugin.methods.recursive import Recursive, RecursiveAttribution
+    from flashtrace_plugin.served import read_response
+    from flashtrace_plugin.sources.blame import blame
+    from flashtrace_plugin.sources.citations import cite
+    from flashtrace_plugin.text import Conversation
+    from flashtrace_plugin.units.targets import Line, Sentence, ToolCall
 
 __version__ = "0.1.0"
 
@@ -35,15 +42,23 @@ __version__ = "0.1.0"
 _LAZY = {
     "ALTI": "flashtrace_plugin.methods.alti",
     "Attribution": "flashtrace_plugin.attribution",
+    "Conversation": "flashtrace_plugin.text",
     "FlashTrace": "flashtrace_plugin.methods.flashtrace",
+    "Graph": "flashtrace_plugin.graph.result",
     "HETA": "flashtrace_plugin.methods.heta",
     "IFR": "flashtrace_plugin.methods.ifr",
     "LRP": "flashtrace_plugin.methods.lrp",
+    "Line": "flashtrace_plugin.units.targets",
     "Method": "flashtrace_plugin.methods.base",
     "Recommended": "flashtrace_plugin.methods.recommended",
     "Recursive": "flashtrace_plugin.methods.recursive",
     "RecursiveAttribution": "flashtrace_plugin.methods.recursive",
+    "Sentence": "flashtrace_plugin.units.targets",
+    "ToolCall": "flashtrace_plugin.units.targets",
+    "blame": "flashtrace_plugin.sources.blame",
+    "cite": "flashtrace_plugin.sources.citations",
     "explain": "flashtrace_plugin.methods.recommended",
+    "read_response": "flashtrace_plugin.served",
 }
 
 __all__ = [
@@ -53,19 +68,28 @@ __all__ = [
     "LRP",
     "Attribution",
     "ClosureError",
+    "Conversation",
+    "CostError",
     "FlashTrace",
     "FlashTraceError",
+    "Graph",
     "InputError",
+    "Line",
     "Method",
     "MethodError",
     "ReasoningWarning",
     "Recommended",
     "Recursive",
     "RecursiveAttribution",
+    "Sentence",
     "Span",
     "SpanError",
+    "ToolCall",
     "UnsupportedModelError",
+    "blame",
+    "cite",
     "explain",
+    "read_response",
     "register_method",
 ]
 

@@ -1,4 +1,4 @@
-"""The command line: ``flashtrace-plugin attribute``, ``show``, ``methods`` and ``families``.
+"""The command line: ``flashtrace-plugin attribute``, ``cite``, ``blame``, ``show``, ``methods`` and ``families``.
 
 torch and transformers are imported by the commands that need them, so that ``--help`` answers at once.
 """
@@ -13,7 +13,8 @@ from typer.core import TyperGroup
 
 from flashtrace_plugin import __version__
 from flashtrace_plugin.cli.attribute import attribute_command
-from flashtrace_plugin.cli.output import OUTPUT, deliver
+from flashtrace_plugin.cli.output import BY, OUTPUT, deliver
+from flashtrace_plugin.cli.sources import blame_command, cite_command
 from flashtrace_plugin.errors import FlashTraceError
 
 
@@ -61,6 +62,8 @@ def _options(
 app.command("attribute", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
     attribute_command()
 )
+app.command("cite")(cite_command)
+app.command("blame")(blame_command)
 
 
 @app.command()
@@ -68,11 +71,12 @@ def show(
     saved: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="File written by --json.")],
     top: Annotated[int, typer.Option(min=1, help="Tokens to print.")] = 10,
     html_path: Annotated[Path | None, typer.Option("--html", help="Write a report.", **OUTPUT)] = None,
+    by: Annotated[str | None, typer.Option(**BY)] = None,
 ) -> None:
     """Print a saved attribution, or turn it into a report."""
     from flashtrace_plugin.attribution import Attribution
 
-    deliver(Attribution.load(saved), top, None, html_path)
+    deliver(Attribution.load(saved), top, None, html_path, by)
 
 
 @app.command()

@@ -156,14 +156,14 @@ def run(
     Raises InputError for a file of another model or of other cases of the same name, and for one that cannot be
     written; what was measured stays.
     """
-    finished = _finished(out, str(model.config.name_or_path))
+    finished = finished_lines(out, str(model.config.name_or_path))
     for case in tqdm(cases, desc="cases", unit="case", disable=not progress):
         for name in scorers:
-            _check_same(finished.get((case.name, name), case.digest), case, out)
+            check_same(finished.get((case.name, name), case.digest), case, out)
         missing = [name for name in scorers if (case.name, name) not in finished]
         ends = ends_of(model, case, batch_size=batch_size) if missing else None
         for name in missing:
-            _append(out, _line(model, case, name, scorers[name], ends, steps, batch_size))
+            append_line(out, _line(model, case, name, scorers[name], ends, steps, batch_size))
     return read_results(out)
 
 
@@ -214,7 +214,7 @@ def _lines(out: Path) -> Iterator[dict[str, Any]]:
         yield line
 
 
-def _finished(out: Path, model: str) -> dict[tuple[str, str], str]:
+def finished_lines(out: Path, model: str) -> dict[tuple[str, str], str]:
     """Digests by case and method of what the file holds, after a line that was cut off is removed from it."""
     found = {}
     for line in _lines(out):
@@ -232,12 +232,12 @@ def _cut_unfinished(out: Path) -> None:
             file.truncate(text.rfind(b"\n") + 1)
 
 
-def _check_same(digest: str, case: Case, out: Path) -> None:
+def check_same(digest: str, case: Case, out: Path) -> None:
     if digest != case.digest:
         raise InputError(f"{out} holds results of another case named {case.name!r}; give another file as out")
 
 
-def _append(out: Path, line: Mapping[str, Any]) -> None:
+def append_line(out: Path, line: Mapping[str, Any]) -> None:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with out.open("a", encoding="utf-8") as file:
