@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from flashtrace_plugin.cli.inputs import only, read_file, read_prompt, read_span, typed, typed_options
-from flashtrace_plugin.cli.output import OUTPUT, deliver
-from flashtrace_plugin.errors import InputError
+from flashtrace_plugin.cli.output import BY, OUTPUT, deliver
+from flashtrace_plugin.errors import CostError, InputError
 from flashtrace_plugin.methods.options import Driving, declared, one_of
 
 _MODEL: dict[str, Any] = {"rich_help_panel": "Model"}
@@ -105,7 +105,14 @@ def attribute(
             **_METHOD,
         ),
     ] = None,
+    yes: Annotated[
+        bool,
+        typer.Option(
+            "--yes", help="Run what takes more than --max-cost, too, and tell the estimate first.", **_METHOD
+        ),
+    ] = False,
     top: Annotated[int, typer.Option(min=1, help="Tokens to print.", rich_help_panel="Output")] = 10,
+    by: Annotated[str | None, typer.Option(**BY)] = None,
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Save the attribution; 'show' reads it.", **OUTPUT)
     ] = None,
@@ -151,8 +158,15 @@ def attribute(
         if written is None
         else tokenize(tokenizer, asked, written, explain.end_ids())
     )
-    found = explain.attribute_text(text, target=read_span(target), reasoning=read_span(reasoning))
-    deliver(found, top, json_path, html_path)
+    where = {"target": read_span(target), "reasoning": read_span(reasoning)}
+    try:
+        found = explain.attribute_text(text, **where)
+    except CostError as error:
+        if not yes:
+            raise
+        typer.echo(error.estimate, err=True)
+        found = cls(lm, tokenizer, **options | {"max_cost": None}).attribute_text(text, **where)
+    deliver(found, top, json_path, html_path, by)
     if verify or verify_unit is not None:
         typer.echo(f"\n{found.verify(unit=verify_unit or 'sentence')}")
 

@@ -26,8 +26,20 @@ OUTPUT: dict[str, Any] = {"dir_okay": False, "callback": _writable, "rich_help_p
 """Settings of an option that names a file to write."""
 
 
-def deliver(found: Attribution, top: int, json_path: Path | None, html_path: Path | None) -> None:
-    """Writes the files that were asked for and prints the attribution."""
+BY: dict[str, Any] = {
+    "help": "Also print mass by 'word', 'sentence', 'paragraph', 'step', 'line' or 'message'.",
+    "rich_help_panel": "Output",
+}
+"""Settings of the option that names units."""
+
+
+def deliver(
+    found: Attribution, top: int, json_path: Path | None, html_path: Path | None, by: str | None = None
+) -> None:
+    """Writes the files that were asked for and prints the attribution.
+
+    by: units to print as well
+    """
     from rich.console import Console
 
     from flashtrace_plugin.report import terminal
@@ -38,6 +50,9 @@ def deliver(found: Attribution, top: int, json_path: Path | None, html_path: Pat
     if html_path is not None:
         found.to_html(html_path)
     terminal.print_attribution(found, top=top, console=Console())
+    if by is not None:
+        typer.echo()
+        terminal.print_units(found.by(by), top=top, console=Console())
     if json_path is not None:
         typer.echo(f"\nSaved: {json_path}")
     if html_path is not None:

@@ -14,10 +14,19 @@ from flashtrace_plugin.report.advice import advice
 from flashtrace_plugin.report.flow import PARTS, hop_rows
 from flashtrace_plugin.report.marks import percent, shorten
 from flashtrace_plugin.report.tokens import TopRow, signed, top_rows
+from flashtrace_plugin.units.scores import UnitScores
 
 _BAR, _TOKEN, _FIXED = 8, 14, 56
 """Widths: the longest bar, a token, and all of a table but the text around its tokens."""
 _Column = tuple[str, Literal["left", "right"]]
+_UNIT_COLUMNS: tuple[_Column, ...] = (
+    ("share", "right"),
+    ("", "left"),
+    ("per token", "right"),
+    ("in", "left"),
+    ("text", "left"),
+)
+_BESIDE_UNIT = 48
 _SIGN: _Column = ("sign", "right")
 _COLUMNS: tuple[_Column, ...] = (
     ("position", "right"),
@@ -48,6 +57,22 @@ def print_attribution(
     console.print(_hop_table(attribution))
     if advice(attribution):
         console.print(Text(f"\n{advice(attribution)}", "dim"))
+
+
+def print_units(units: UnitScores, *, top: int = 10, console: Console) -> None:
+    """Prints the units with most mass, and what lies on the chat template."""
+    table = Table(title="Where the mass lies", title_justify="left", box=None, pad_edge=False)
+    for name, justify in _UNIT_COLUMNS:
+        table.add_column(name, justify=justify, no_wrap=True)
+    best = [one for one in units.top(top) if one.score > 0]
+    for one in best:
+        bar = "█" * max(1, round(_BAR * one.score / best[0].score))
+        where = one.unit.name if one.unit.message is None else f"{one.unit.message} {one.unit.name}"
+        text = Text(shorten(one.unit.text, max(20, console.width - _BESIDE_UNIT)))
+        table.add_row(percent(one.share), bar, f"{one.density:#.3g}", shorten(where, _TOKEN), text)
+    console.print(table)
+    if units.template_share:
+        console.print(Text(f"on the chat template and special tokens: {percent(units.template_share)}", "dim"))
 
 
 def _headline(attribution: Attribution) -> Text:
