@@ -10,7 +10,7 @@ import torch
 inseq = pytest.importorskip("inseq")
 
 import flashtrace_inseq  # noqa: E402
-from flashtrace_plugin import LRP  # noqa: E402
+from flashtrace_plugin import LRP, reasoner  # noqa: E402
 from flashtrace_plugin.errors import InputError, ReasoningWarning, UnsupportedModelError  # noqa: E402
 from tests.tiny import tiny, tiny_tokenizer  # noqa: E402
 
@@ -246,3 +246,16 @@ def test_models_loaded_by_name_attend_as_transformers_loads_them(tmp_path, hf, t
     model.attribute(PROMPT, TEXT, method="attention", attr_pos_start=37, show_progress=False)
     assert set(seen) == {"eager"}
     handle.remove()
+
+
+def test_units_merge_tokens_and_keep_their_mass():
+    model = inseq.load_model(str(reasoner.path()), "recommended")
+    prompt = "the sun is green . v20 12 ; the sky is green . v55 v20 ; ? v55 think"
+    out = model.attribute(prompt, show_progress=False)
+    item = out.aggregate(["hops", "units"], unit="step").sequence_attributions[0]
+    units = [one for one in flashtrace_inseq.attributions(out)[0].by("step") if one.unit.content]
+    assert [t.token for t in item.target][: len(units)] == [one.unit.text.replace(" ", "") for one in units]
+    expected = torch.tensor([one.score for one in units])
+    torch.testing.assert_close(item.target_attributions[: len(units), 0], expected, rtol=1e-5, atol=1e-8)
+    with pytest.raises(InputError, match="units must be one of"):
+        out.aggregate("units", unit="chapter")

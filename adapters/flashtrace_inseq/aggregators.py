@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from inseq.data.aggregator import Aggregator, SequenceAttributionAggregator
+from inseq.data.aggregator import Aggregator, ContiguousSpanAggregator, SequenceAttributionAggregator
 from inseq.data.attribution import FeatureAttributionSequenceOutput
 
-from flashtrace_inseq.outputs import TOTAL, FlashTraceSequenceOutput, no_parts
+from flashtrace_inseq.outputs import TOTAL, FlashTraceSequenceOutput, attributions_of, no_parts
 from flashtrace_inseq.recursion import recursive_sequence
+from flashtrace_plugin.attribution import Attribution
 from flashtrace_plugin.errors import InputError
+from flashtrace_plugin.units.scores import Units
+from flashtrace_plugin.units.shares import unit_tokens
 
 
 class PartAggregator(SequenceAttributionAggregator):
@@ -54,6 +57,31 @@ class HopAggregator(PartAggregator):
     ) -> FlashTraceSequenceOutput:
         """The sequence with scores [rows, columns] of one hop. Raises InputError for a hop it has not."""
         return super().aggregate(attr, part=part if hop is None else f"hop {hop}", **kwargs)
+
+
+class UnitAggregator(ContiguousSpanAggregator):
+    """Merges the prompt's tokens into sentences or other units, as ``spans`` merges those of given positions.
+
+    Args:
+        unit (:obj:`str`, `optional`): "word", "line", "sentence", "paragraph", "step", or what else
+            ``flashtrace_plugin.Attribution.by`` takes. A token in two units counts for the one with more of it; to
+            split it, ask ``attributions(out)[0].by(unit)``. Default: "sentence".
+    """
+
+    aggregator_name = "units"
+
+    @classmethod
+    def aggregate(cls, attr: FlashTraceSequenceOutput, *, unit: Units = "sentence", **kwargs: Any) -> Any:
+        """The sequence with a row for each unit. Raises InputError for units that are not there."""
+        return super().aggregate(attr, target_spans=_unit_spans(attributions_of(attr)[0], unit), **kwargs)
+
+
+def _unit_spans(found: Attribution, unit: Units) -> list[tuple[int, int]]:
+    """Token positions of the units of the prompt, those of one token left out: there is nothing to merge."""
+    units = [one.unit for one in found.by(unit)]
+    wanted = [one.content for one in units]
+    owned = unit_tokens(found.tokens[found.prompt.slice], [one.ranges for one in units], wanted)
+    return [(tokens[0], tokens[-1] + 1) for tokens in sorted(owned) if len(tokens) > 1]
 
 
 class RecursiveAggregator(Aggregator):

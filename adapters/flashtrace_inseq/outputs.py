@@ -262,15 +262,17 @@ def attributions(out: FeatureAttributionOutput) -> list[Attribution]:
     They hold what a table of tokens cannot: hops over all positions, the mass on the reasoning, shares of heads and
     MLPs. Aggregating, merging, saving and loading keep them. Raises InputError for a result of another method.
     """
-    found: list[Attribution] = []
-    for item in out.sequence_attributions:
-        if not getattr(item, "_attributions", None):
-            raise InputError(
-                f"a {type(item).__name__} holds no attributions; use a result of one of this package's methods "
-                "that portable() has not stripped"
-            )
-        found.extend(item._attributions)
-    return found
+    return [found for item in out.sequence_attributions for found in attributions_of(item)]
+
+
+def attributions_of(item: FeatureAttributionSequenceOutput) -> list[Attribution]:
+    """Those of one input. Raises InputError for a result of another method."""
+    if not getattr(item, "_attributions", None):
+        raise InputError(
+            f"a {type(item).__name__} holds no attributions; use a result of one of this package's methods "
+            "that portable() has not stripped"
+        )
+    return list(item._attributions)
 
 
 def portable(out: FeatureAttributionOutput, **select: Any) -> FeatureAttributionOutput:
