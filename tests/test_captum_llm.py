@@ -225,7 +225,7 @@ class TestTokenInputs:
         got = llm.attribute(TokenIdsInput.from_messages(messages, tokenizer), RESPONSE)
         want = flashtrace_plugin.FlashTrace(model, tokenizer).attribute(messages, RESPONSE)
         assert torch.equal(got.seq_attr, want.scores)
-        assert (got.attribution.token_ids, got.attribution.target) == (want.token_ids, want.target)
+        assert got.attribution == want
 
     @pytest.mark.parametrize(
         "make",

@@ -26,6 +26,9 @@ class TokenIdsInput(TextTokenInput):
     skip_tokens: ids or texts of tokens that are no feature, wherever they occur
     """
 
+    messages: Sequence[Mapping[str, Any]] | None = None
+    """The chat messages that the prompt was made of."""
+
     def __init__(
         self,
         input_ids: Tensor | Sequence[int],
@@ -57,8 +60,9 @@ class TokenIdsInput(TextTokenInput):
     ) -> TokenIdsInput:
         """The prompt of chat messages, through the tokenizer's template and ready for the assistant's turn."""
         text, special = render(tokenizer, messages)
-        ids = tokenizer(text, add_special_tokens=special)["input_ids"]
-        return cls(ids, tokenizer, baselines, skip_tokens)
+        made = cls(tokenizer(text, add_special_tokens=special)["input_ids"], tokenizer, baselines, skip_tokens)
+        made.messages = messages
+        return made
 
 
 def _row(input_ids: Tensor | Sequence[int]) -> Tensor:

@@ -25,7 +25,7 @@ from flashtrace_plugin.models.guard import evaluating
 from flashtrace_plugin.models.read.source import source_for
 from flashtrace_plugin.positions import as_span
 from flashtrace_plugin.spans import Span
-from flashtrace_plugin.text import Located, TokenizedText, end_ids, from_ids
+from flashtrace_plugin.text import Located, TokenizedText, end_ids, from_ids, with_messages
 
 Part = Union[None, str, slice, Span]
 """A part of the response: a piece of its text, a slice of its tokens, or a Span of the whole sequence."""
@@ -105,6 +105,8 @@ class LLMTraceAttribution(BaseLLMAttribution):
         response = self._response(features.prompt_ids, target, gen_args)
         ids = torch.cat([features.prompt_ids, response])
         text = from_ids(reader(self.tokenizer), ids, len(features.prompt_ids), self._end_ids())
+        messages = getattr(inp, "messages", None)
+        text = text if messages is None else with_messages(self.tokenizer, messages, text)
         where, found = self._explained(text, answer, reasoning, kwargs)
         return self._result(inp, features, text, where, found)
 
