@@ -79,11 +79,16 @@ FORMATS: dict[str, ReasoningFormat] = {
 
 @dataclass(frozen=True)
 class ToolCallFormat:
-    """Markers around a tool call in a generated text; without a closing marker it runs to the end of the text."""
+    """Markers around a tool call in a generated text.
+
+    closing: without one, a call runs to the next or to the end of the text
+    channel: whether calls have a channel of their own, which may stand before the answer's
+    """
 
     name: str
     opening: str
     closing: str = ""
+    channel: bool = False
 
 
 TOOL_CALLS: dict[str, ToolCallFormat] = {
@@ -92,7 +97,7 @@ TOOL_CALLS: dict[str, ToolCallFormat] = {
         ToolCallFormat("hermes", "<tool_call>", "</tool_call>"),  # Hermes, Qwen2.5, Qwen3
         ToolCallFormat("mistral", "[TOOL_CALLS]"),
         ToolCallFormat("llama", "<|python_tag|>"),  # Llama 3.1
-        ToolCallFormat("harmony", "<|channel|>commentary to=", "<|call|>"),  # gpt-oss
+        ToolCallFormat("harmony", "<|channel|>commentary to=", "<|call|>", True),  # gpt-oss
     )
 }
 """Tool-call formats by name."""
@@ -209,16 +214,24 @@ def thinking_before(generation: str, begin: int, formats: Iterable[ReasoningForm
     return None
 
 
-def find_tool_calls(generation: str) -> list[tuple[str, Chars]]:
-    """Name of the format and characters of every tool call of a text, markers left out, in the order of the text."""
-    return sorted((call for entry in TOOL_CALLS.values() for call in _calls(generation, entry)), key=lambda c: c[1])
+def find_tool_calls(generation: str, begin: int = 0) -> list[tuple[str, Chars]]:
+    """Name of the format and characters of every tool call of a text, markers left out, in the order of the text.
+
+    begin: first character of the answer; what looks like a call in the thinking before it was not made
+    """
+    found: list[tuple[str, Chars]] = []
+    every = (call for entry in TOOL_CALLS.values() for call in _calls(generation, entry, begin))
+    for name, chars in sorted(every, key=lambda call: call[1]):
+        if not found or found[-1][1][1] <= chars[0]:  # else its marker is inside an argument
+            found.append((name, chars))
+    return found
 
 
-def _calls(text: str, entry: ToolCallFormat) -> Iterator[tuple[str, Chars]]:
-    begin = text.find(entry.opening)
+def _calls(text: str, entry: ToolCallFormat, answer: int) -> Iterator[tuple[str, Chars]]:
+    begin = text.find(entry.opening, 0 if entry.channel else answer)
     while begin >= 0:
         begin += len(entry.opening)
-        end = text.find(entry.closing, begin) if entry.closing else -1
+        end = text.find(entry.closing or entry.opening, begin)
         inside = trim(text, (begin, len(text) if end < 0 else end))
         if inside is not None:
             yield entry.name, inside

@@ -82,13 +82,23 @@ def trim(text: str, chars: Chars) -> Chars | None:
     return begin, begin + len(part.strip())
 
 
+def occurrences(text: str, piece: str, start: int = 0, stop: int | None = None) -> list[int]:
+    """Where a piece that is not empty begins in ``text[start:stop]``; places that overlap count each."""
+    found = []
+    at = text.find(piece, start, stop)
+    while at >= 0:
+        found.append(at)
+        at = text.find(piece, at + 1, stop)
+    return found
+
+
 def find_text(text: str, piece: str, name: str) -> Chars:
     """Where ``piece`` is in ``text``. Raises SpanError unless it is there exactly once."""
-    count = text.count(piece) if piece.strip() else 0
-    if count != 1:
-        how = "is empty" if not piece.strip() else f"occurs {count} times in the generation"
+    places = occurrences(text, piece) if piece.strip() else []
+    if len(places) != 1:
+        how = "is empty" if not piece.strip() else f"occurs {len(places)} times in the generation"
         raise SpanError(f"{name} {piece!r} {how}; it must occur once, or pass a Span of token positions")
-    begin = text.index(piece)
+    begin = places[0]
     return trim(text, (begin, begin + len(piece))) or (begin, begin + len(piece))
 
 

@@ -261,15 +261,24 @@ def as_conversation(prompt: Messages | Conversation) -> Conversation:
 def _contents(tokenizer: Any, chat: Conversation, text: str, found: TokenizedText) -> tuple[Content, ...]:
     """Where the messages' contents are in the text of the prompt's tokens."""
 
-    def first(count: int) -> str | None:
+    def rendered_or_none(chat: Conversation, **options: Any) -> str | None:
         try:
-            return chat.rendered(tokenizer, stop=count)
+            return chat.rendered(tokenizer, **options)
         except UNRENDERED:
-            return None  # a template that asks for a certain order or end of the messages
+            return None  # a template that asks for a certain order or end of the messages, or form of their contents
+
+    def first(count: int) -> str | None:
+        return rendered_or_none(chat, stop=count)
+
+    def replaced(index: int, content: Any) -> str | None:
+        messages = list(chat.messages)
+        messages[index] = {**messages[index], "content": content}
+        return rendered_or_none(replace(chat, messages=messages), answer=True)
 
     fast = getattr(tokenizer, "is_fast", False)
     pairs = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"] if fast else []
-    return in_visible_text(of_messages(chat.messages, text, first), text, found.tokens[: found.prompt_length], pairs)
+    contents = of_messages(chat.messages, text, first, replaced)
+    return in_visible_text(contents, text, found.tokens[: found.prompt_length], pairs)
 
 
 def _checked_text(tokenizer: Any, prompt: Prompt, generation: str) -> tuple[str, bool]:

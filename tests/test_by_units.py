@@ -86,6 +86,54 @@ def test_tool_calls_belong_to_the_message_that_makes_them(chat):
     assert texts[1] == '{"name": "o", "arguments": {"box": 1}}' and texts[2] == "It is open."
 
 
+MERGED = (  # as Gemma and Mistral write it: the system's message begins the user's
+    "{% if messages[0].role == 'system' %}{% set first = messages[0].content + '\n\n' %}"
+    "{% set rest = messages[1:] %}{% else %}{% set first, rest = '', messages %}{% endif %}"
+    "{% for m in rest %}<s>{{ m.role }}\n{{ first if loop.AT else '' }}{{ m.content | trim }}</s>\n{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("at", ["first", "last"])
+def test_a_system_message_that_the_template_merges_with_the_users(chat, at):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = MERGED.replace("AT", at)
+    contents = ["Be brief.", " Where? \n", "It is red.", "Be brief."]
+    roles = ["system", "user", "assistant", "user"]
+    messages = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)]
+    found = FlashTrace(chat[0], tokenizer).attribute(messages, "red")
+    units = {one.unit.message: one.unit for one in found.by("message") if one.unit.content}
+    assert [(units[i].name, units[i].text) for i in range(4)] == [(r, c.strip()) for r, c in zip(roles, contents)]
+    assert [c.start for c in found.contents] == sorted(c.start for c in found.contents)
+    assert float(found.by("message").scores.sum()) == pytest.approx(float(found.scores.sum()), rel=1e-6)
+
+
+def test_a_dropped_message_is_not_found_in_another(chat):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for m in messages if m.role == 'user' %}<s>{{ m.content }}</s>{% endfor %}"
+    messages = [{"role": "system", "content": "key"}, {"role": "user", "content": "Which key?"}]
+    found = FlashTrace(chat[0], tokenizer).attribute(messages, "red")
+    assert [(c.message, found.tokens and c.stop - c.start) for c in found.contents] == [(1, len("Which key?"))]
+
+
+def test_an_empty_message_has_no_unit_and_loses_nothing(chat):
+    call = {"type": "function", "function": {"name": "o", "arguments": {"box": 1}}}
+    messages = [{"role": "user", "content": "Open."}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    messages += [{"role": "tool", "content": " "}, {"role": "user", "content": "And?"}]
+    units = FlashTrace(*chat).attribute(messages, "red").by("message")
+    texts = {one.unit.message: one.unit.text for one in units if one.unit.content}
+    assert texts == {0: "Open.", 1: '{"name": "o", "arguments": {"box": 1}}', 3: "And?"}
+
+
+def test_a_message_of_several_parts(chat):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}<s>{{ m.role }}\n{% for p in m.content %}{{ p.text }}\n{% endfor %}</s>{% endfor %}"
+    )
+    parts = [{"type": "text", "text": text} for text in ("The key", "is red.")]
+    found = FlashTrace(chat[0], tokenizer).attribute([{"role": "user", "content": parts}], "red")
+    assert [one.unit.text for one in found.by("message") if one.unit.content] == ["The key\nis red."]
+
+
 def test_a_template_that_drops_a_message_is_told(chat):
     model, tokenizer = chat
     tokenizer = tiny_tokenizer()

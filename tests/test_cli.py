@@ -161,7 +161,8 @@ def test_mass_by_units_is_printed_too(folder, tmp_path):
     saved = tmp_path / "a.json"
     result = call("attribute", "--model", folder, *TEXTS, "--by", "sentence", "--json", saved)
     best = Attribution.load(saved).by("sentence").top(1)[0]
-    assert result.exit_code == 0 and best.unit.text[:12] in result.output and f"{100 * best.share:.1f} %" in result.output
+    assert result.exit_code == 0
+    assert best.unit.text[:12] in result.output and f"{100 * best.share:.1f} %" in result.output
     assert "Where the mass lies" in call("show", saved, "--by", "word").output
     wrong = call("show", saved, "--by", "chapter")
     assert wrong.exit_code == 2 and "units must be one of 'word'" in wrong.output

@@ -307,6 +307,7 @@ def test_questions_that_have_no_answer(chain):
         (lambda: chain.routes(0), "k must be"),
         (lambda: chain.routes(source=9), "there is no source 9; sources are 0 to 5"),
         (lambda: chain.by_source(2), "there is no step 2; steps are 0 to 1"),
+        (lambda: chain.verify(True), "there is no step True"),
     ):
         with pytest.raises(InputError, match=message):
             call()

@@ -83,6 +83,8 @@ def test_a_piece_of_text_must_occur_once():
     for piece, message in (("c", "occurs 0 times"), ("a", "occurs 2 times"), (" ", "is empty")):
         with pytest.raises(SpanError, match=message):
             find_text("a b a", piece, "target")
+    with pytest.raises(SpanError, match="occurs 2 times"):
+        find_text("1, 1, 1", "1, 1", "target")
 
 
 def test_no_token_over_the_characters_is_refused():

@@ -49,6 +49,31 @@ def test_several_calls_are_counted_in_the_order_of_the_text():
     assert locate(ToolCall(1), two) == '{"name": "g", "arguments": {"y": "z"}}'
 
 
+def test_parallel_calls_in_mistrals_newer_form():
+    two = FORMATS["mistral, newer"] + '[TOOL_CALLS]drop[ARGS]{"to": "you"}'
+    assert [call.name for call in find_calls(two)] == ["send", "drop"]
+    assert locate(ToolCall(0).argument("to"), two) == "me" and locate(ToolCall(1).argument("to"), two) == "you"
+
+
+@pytest.mark.parametrize("thought", [FORMATS["hermes"], "I write <tool_call> first."])
+def test_a_call_in_the_thinking_is_none(thought):
+    thinking = f"<think>{thought}</think>"
+    text = thinking + FORMATS["hermes"].replace("send", "drop").replace('"me"', '"you"')
+    assert locate(ToolCall(0).argument("to"), text, len(thinking)) == "you"
+    with pytest.raises(SpanError, match="has 0 tool calls"):
+        locate(ToolCall(0), thinking + "Done.", len(thinking))
+
+
+def test_a_call_before_the_final_channel_of_harmony_is_one():
+    text = FORMATS["harmony"] + "<|start|>assistant<|channel|>final<|message|>Done."
+    assert locate(ToolCall(0).argument("to"), text, text.index("Done.")) == "me"
+
+
+def test_a_marker_inside_an_argument_begins_no_call():
+    text = FORMATS["hermes"].replace('"me"', '"see [TOOL_CALLS] or <tool_call>"')
+    assert locate(ToolCall(-1).argument("to"), text) == "see [TOOL_CALLS] or <tool_call>"
+
+
 @pytest.mark.parametrize(
     ("target", "text", "message"),
     [
@@ -59,6 +84,7 @@ def test_several_calls_are_counted_in_the_order_of_the_text():
         (ToolCall(), "<tool_call>{'name': 'send'}</tool_call>", "not valid JSON"),
         (ToolCall(), '<tool_call>{"name": "f", "arguments": {"a": 1</tool_call>', "not valid JSON"),
         (ToolCall(), '<tool_call>{"name": "f"} and more</tool_call>', "goes on behind its JSON"),
+        (ToolCall(), '<tool_call>{"a": ' + "[" * 10**5 + "</tool_call>", "nested too deeply"),
         (Sentence(5), "One. Two.", "has 2 sentences, so there is no sentence 5"),
         (Line(-3), "One.\n\nTwo.", "has 2 lines, so there is no line -3"),
     ],

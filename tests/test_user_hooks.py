@@ -94,6 +94,21 @@ def test_global_hooks_are_given_the_users_module():
     close(found.hop_scores, attributed(other).hop_scores)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_what_a_hook_sets_on_its_module_counts_in_every_view(method):
+    """Of two views, the second to run finds it on the user's module already, from the first one's run."""
+    model, plain = tiny("llama", seed=1), tiny("llama", seed=1)
+    plain.model.layers[1].self_attn.scaling = 0.1
+    attn = model.model.layers[1].self_attn
+    attn.register_forward_pre_hook(lambda module, args: setattr(module, "scaling", 0.1))
+    close(attributed(model, method).hop_scores, attributed(plain, method).hop_scores)
+    attn.scaling = 0.5
+    views = [view_of(model) for _ in range(2)]
+    with torch.no_grad():
+        first, second = (view(IDS[None]).logits for view in views)
+    assert torch.equal(first, second) and attn.scaling == 0.1
+
+
 class _Scaled(nn.Module):
     def forward(self, weight):
         return weight * 1.5

@@ -243,6 +243,12 @@ def test_it_does_not_hold_with_less_than_a_tenth_of_the_effect():
     assert not found.holds and "by 1.9 nats" in found.sentence and "lowers it by 20.0 nats" in found.sentence
 
 
+def test_an_explanation_that_names_none_first_does_not_hold():
+    found = told([-6.0, -15.2], [[-1.2, -1.2], [-2.0, -2.9]], scores=torch.full((10,), 0.1).double())
+    assert not found.holds
+    assert found.sentence == "This explanation does not hold: it gives all ten sentences the same score."
+
+
 @pytest.mark.parametrize(("end", "words"), [(-1.06, "lowers"), (0.5, "raises"), (-1.01, "changes")])
 def test_nothing_is_explained_where_replacing_everything_does_nothing(end, words):
     found = told([-9.0], [[-1.1], [-1.2]], replaced_log_p=end, target_log_p=-0.5)

@@ -59,7 +59,7 @@ class HopAggregator(PartAggregator):
         return super().aggregate(attr, part=part if hop is None else f"hop {hop}", **kwargs)
 
 
-class UnitAggregator(ContiguousSpanAggregator):
+class _UnitAggregator(ContiguousSpanAggregator):
     """Merges the prompt's tokens into sentences or other units, as ``spans`` merges those of given positions.
 
     Args:

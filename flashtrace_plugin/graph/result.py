@@ -153,7 +153,7 @@ class Graph(OfModel):
     def _row(self, step: int | None) -> int:
         if step is None:
             return len(self.steps)
-        if not isinstance(step, int) or not 0 <= step < len(self.steps):
+        if type(step) is not int or not 0 <= step < len(self.steps):
             known = f"0 to {len(self.steps) - 1}" if self.steps else "none"
             raise InputError(f"there is no step {step!r}; steps are {known}, and None is the answer")
         return step

@@ -17,6 +17,8 @@ FORWARD_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 _GLOBAL_HOOKS = tuple(f"_global{name}" for name in FORWARD_HOOKS)
 _ORIGINAL = "_viewed_by_flashtrace"
 _ABSENT = object()
+_OURS = {"training", "_compiled_call_impl"}
+"""Attributes that a view has its own of."""
 
 
 def as_view_of(original: nn.Module) -> dict[str, nn.Module]:
@@ -71,13 +73,16 @@ def content(cell: types.CellType) -> Any:
 
 
 def told(hook: Callable[..., Any], original: nn.Module, view: nn.Module) -> Callable[..., Any]:
-    """The hook, called with the user's module; what it sets on that is set on the view's module, too."""
+    """The hook, called with the user's module; what it sets on that is set on the view's module, too.
+
+    It may have done so for another view meanwhile, so that it changes nothing now: since the view was made counts.
+    """
+    made_from = [one.copy() for one in _attributes(original)]
 
     def call(module: nn.Module, *values: Any) -> Any:
-        before = [dict(one) for one in _attributes(original)]
         result = hook(original, *values)
-        for ours, old, new in zip(_attributes(view), before, _attributes(original), strict=True):
-            ours.update({k: v for k, v in new.copy().items() if old.get(k, _ABSENT) is not v and k != "training"})
+        for ours, old, new in zip(_attributes(view), made_from, _attributes(original), strict=True):
+            ours.update({k: v for k, v in new.copy().items() if old.get(k, _ABSENT) is not v and k not in _OURS})
         return result
 
     return call

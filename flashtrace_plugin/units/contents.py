@@ -8,7 +8,7 @@ from itertools import accumulate
 from typing import Any
 
 from flashtrace_plugin.formats import find_tool_calls
-from flashtrace_plugin.spans import Chars
+from flashtrace_plugin.spans import Chars, trim
 
 
 @dataclass(frozen=True)
@@ -45,25 +45,51 @@ def between_special(tokens: Sequence[str], ids: Sequence[int], special: Collecti
 
 
 def of_messages(
-    messages: Sequence[Mapping[str, Any]], text: str, render: Callable[[int], str | None]
+    messages: Sequence[Mapping[str, Any]],
+    text: str,
+    render: Callable[[int], str | None],
+    replaced: Callable[[int, Any], str | None],
 ) -> tuple[Content, ...]:
-    """Contents of chat messages, in characters of the rendered text.
+    """Contents of chat messages, in characters of the rendered text and in its order.
 
-    text:   all messages as the tokenizer's template writes them
-    render: the text of the first so many messages by themselves, without what asks for an answer; None where the
-            template refuses them
+    text:     all messages as the tokenizer's template writes them
+    render:   the text of the first so many messages by themselves, without what asks for an answer; None where the
+              template refuses them
+    replaced: all messages as in ``text``, with other content in one of them; None likewise
 
-    A message that the template dropped or rewrote is missing from the result.
+    A message that the template dropped or rewrote is missing from the result; an empty one has a place of no length.
     """
     found: list[Content] = []
     cursor = 0
     for i, message in enumerate(messages):
         block = _block(text, render(i) if i else "", render(i + 1), cursor)
-        place = _inside(text, block, message)
+        marked = _is_marked(text, message, replaced(i, _marked(message.get("content"))))
+        place = _inside(text, block, message, marked)
         if place is not None:
             found.append(Content(*place, str(message.get("role", "")), i))
             cursor = place[1]
-    return tuple(found)
+    return tuple(sorted(found, key=lambda content: content.start))
+
+
+_MARK = "\N{REPLACEMENT CHARACTER}content\N{REPLACEMENT CHARACTER}"
+
+
+def _marked(content: Any) -> Any:
+    return [{"type": "text", "text": _MARK}] if isinstance(content, (list, tuple)) else _MARK
+
+
+def _is_marked(text: str, message: Mapping[str, Any], marked: str | None) -> Chars | None:
+    """What stands where a mark in the place of the content stands, if it is the content and all else is the same."""
+    before, mark, after = (marked or "").partition(_MARK)
+    start, stop = len(before), len(text) - len(after)
+    if not (mark and start <= stop and text.startswith(before) and text.endswith(after)):
+        return None
+    chars = trim(text, (start, stop))
+    written, given = text[start:stop].strip(), message.get("content")
+    if isinstance(given, str):
+        return (chars or (start, start)) if written == given.strip() else None
+    texts = "".join(_texts(given))  # templates write parts with white space of their own between them
+    return chars if written.split() and "".join(written.split()) == "".join(texts.split()) else None
 
 
 def _block(text: str, before: str | None, until: str | None, cursor: int) -> tuple[Chars, bool]:
@@ -72,17 +98,25 @@ def _block(text: str, before: str | None, until: str | None, cursor: int) -> tup
     return ((max(cursor, len(before or "")), len(until or "")), True) if known else ((cursor, len(text)), False)
 
 
-def _inside(text: str, block: tuple[Chars, bool], message: Mapping[str, Any]) -> Chars | None:
-    """Where a message's own text is inside its block: its content, and the tool calls that it makes."""
+def _inside(text: str, block: tuple[Chars, bool], message: Mapping[str, Any], marked: Chars | None) -> Chars | None:
+    """Where a message's own text is: its content, as marked or inside its block, and the tool calls that it makes."""
     (start, stop), known = block
-    content = _written(message.get("content"))
-    # A role's name may be the content as well, and comes first; in an unknown block the first match is the message.
-    at = -1 if not content else text.rfind(content, start, stop) if known else text.find(content, start, stop)
-    places = [(at, at + len(content))] if at >= 0 else []
+    places = [marked or _searched(text, block, _texts(message.get("content")))]
     if message.get("tool_calls") and known:
         calls = [chars for _, chars in find_tool_calls(text[start:stop])]
         places += [(start + a, start + b) for a, b in calls] or [_without_header(text, start, stop)]
-    return (min(a for a, _ in places), max(b for _, b in places)) if places else None
+    found = [place for place in places if place is not None]
+    filled = [(a, b) for a, b in found if a < b] or found
+    return (min(a for a, _ in filled), max(b for _, b in filled)) if filled else None
+
+
+def _searched(text: str, block: tuple[Chars, bool], texts: Sequence[str]) -> Chars | None:
+    """Where the content is inside its block, for a template that writes a mark otherwise than the content."""
+    (start, stop), known = block
+    content = texts[0].strip() if len(texts) == 1 else ""
+    # A role's name may be the content as well, and comes first; in an unknown block the first match is the message.
+    at = -1 if not content else text.rfind(content, start, stop) if known else text.find(content, start, stop)
+    return (at, at + len(content)) if at >= 0 else None
 
 
 def _without_header(text: str, start: int, stop: int) -> Chars:
@@ -93,12 +127,11 @@ def _without_header(text: str, start: int, stop: int) -> Chars:
     return (start + first, start + last + 1) if last > first else (start, stop)
 
 
-def _written(content: Any) -> str:
-    """The text of a message's content, which some write as parts."""
+def _texts(content: Any) -> list[str]:
+    """The texts of a message's content, which some write as parts."""
     if isinstance(content, str):
-        return content.strip()
-    texts = [str(part.get("text", "")) for part in content or [] if isinstance(part, Mapping)]
-    return texts[0].strip() if len(texts) == 1 else ""
+        return [content]
+    return [str(part.get("text", "")) for part in content or [] if isinstance(part, Mapping)]
 
 
 def in_visible_text(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flashtrace_plugin.errors import InputError, SpanError
-from flashtrace_plugin.spans import Chars, Span
+from flashtrace_plugin.spans import Chars, Span, occurrences
 from flashtrace_plugin.units.contents import Content, offsets_of
 from flashtrace_plugin.units.shares import unit_sums
 from flashtrace_plugin.units.split import SPLITTERS, Splitter, sorted_apart, split
@@ -147,7 +147,7 @@ class UnitScores:
                 "text": one.unit.text,
                 "tokens": float(tokens),
                 "score": one.score,
-                "share": one.share,
+                "share": one.share if one.unit.kind != TEMPLATE else None,
                 "density": one.density,
             }
             for one, tokens in zip(self, self.tokens.tolist(), strict=True)
@@ -184,8 +184,8 @@ def find_units(chosen: Units, tokens: Sequence[str], contents: Sequence[Content]
     lost = [i for i in range(messages) if i not in known]
     if lost and (chosen == "message"):
         raise InputError(
-            f"message {lost[0]} does not stand in the rendered prompt as it was given: it is empty, or the chat "
-            "template dropped or rewrote it. Pass what the template writes, or ask for other units"
+            f"message {lost[0]} does not stand in the rendered prompt as it was given: the chat template dropped or "
+            "rewrote it. Pass what the template writes, or ask for other units"
         )
     found = _chosen(chosen, text, tokens, contents)
     filled = sorted_apart([chars for unit in found for chars in unit.ranges], len(text), "units")
@@ -198,7 +198,8 @@ def find_units(chosen: Units, tokens: Sequence[str], contents: Sequence[Content]
 
 def _chosen(chosen: Units, text: str, tokens: Sequence[str], contents: Sequence[Content]) -> list[Unit]:
     if chosen == "message":
-        return [Unit("message", text[c.start : c.stop], ((c.start, c.stop),), c.role, c.message) for c in contents]
+        filled = [c for c in contents if c.start < c.stop]
+        return [Unit("message", text[c.start : c.stop], ((c.start, c.stop),), c.role, c.message) for c in filled]
     if isinstance(chosen, Mapping):
         return [_document(name, document, text, contents) for name, document in chosen.items()]
     if isinstance(chosen, str) and chosen not in SPLITTERS:
@@ -251,16 +252,7 @@ def _document(name: str, document: str, text: str, contents: Sequence[Content]) 
     piece = document.strip() if isinstance(document, str) else ""
     if not piece:
         raise InputError(f"the document {name!r} must be a text that is not empty, got {document!r}")
-    places = (
-        [
-            (at, c)
-            for c in contents
-            for at in range(c.start, c.stop)
-            if text.startswith(piece, at) and at + len(piece) <= c.stop
-        ]
-        if piece in text
-        else []
-    )
+    places = [(at, c) for c in contents for at in occurrences(text, piece, c.start, c.stop)]
     if len(places) != 1:
         how = f"occurs {len(places)} times in" if places else "is not in"
         raise InputError(

@@ -100,12 +100,13 @@ class _FoundCall:
 def find_calls(generation: str, visible: Chars | None = None) -> list[_FoundCall]:
     """Tool calls of a text, in its order. Raises SpanError for one that is not JSON.
 
-    visible: the answer, which may itself be a call in plain JSON
+    visible: the answer, which may itself be a call in plain JSON; by default all of the text
     """
-    found = find_tool_calls(generation)
+    answer = visible or (0, len(generation))
+    found = find_tool_calls(generation, answer[0])
     if found:
         return [call for _, chars in found for call in _calls(generation, chars)]
-    chars = trim(generation, visible or (0, len(generation)))
+    chars = trim(generation, answer)
     plain = chars is not None and generation[chars[0]] in "{[" and chars
     return [call for call in _calls(generation, plain) if call.name] if plain else []
 
@@ -158,6 +159,8 @@ def _json(text: str, start: int, stop: int) -> None:
             f"the tool call {text[start : start + 60]!r} is not valid JSON ({error.msg} at character {error.pos} of "
             "the generation); pass the piece of text that you ask about as target instead"
         ) from None
+    except RecursionError:
+        raise SpanError(f"the tool call {text[start : start + 60]!r} is nested too deeply to be read") from None
     if text[end:stop].strip():
         raise SpanError(f"the tool call goes on behind its JSON with {text[end:stop].strip()[:40]!r}")
 

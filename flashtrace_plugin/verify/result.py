@@ -97,8 +97,10 @@ class Verification:
         """Whether the units named first matter more than others, by the largest fraction.
 
         Without them log P falls by more than for any random choice, and by at least a tenth of :attr:`effect`, which
-        is at least 0.1 nats.
+        is at least 0.1 nats. Equal scores of all units name none first.
         """
+        if self._names_none:
+            return False
         return bool(self.drop[-1] > self.random_drop[:, -1].max() and self.share[-1] >= _LEAST_SHARE)
 
     @property
@@ -106,8 +108,15 @@ class Verification:
         return self.effect >= _LEAST_EFFECT
 
     @property
+    def _names_none(self) -> bool:
+        return bool((self.scores == self.scores[0]).all())
+
+    @property
     def sentence(self) -> str:
         """What was found, in words."""
+        if self._names_none:
+            units = count_of(len(self.units), self.unit)
+            return f"This explanation does not hold: it gives all {units} the same score."
         drop, drops = float(self.drop[-1]), self.random_drop[:, -1]
         low, mean, high = (_nats(value) for value in (drops.min(), drops.mean(), drops.max()))
         compared = (
