@@ -13,7 +13,7 @@ from pathlib import Path
 
 import transformers
 
-from flashtrace_plugin import FlashTrace, Span
+from flashtrace_plugin import HETA, LRP, FlashTrace, Span
 from flashtrace_plugin.errors import FlashTraceError
 from flashtrace_plugin.models.read.layouts import Layout, layout_for
 from tests.tiny import FAMILIES, config_of, random_ids, tiny
@@ -34,34 +34,72 @@ Every row is a random model of three layers in float32, all of whose parameters 
   reads the model a second time, through eager attention and its projections, relative to the largest score.
 - **sources**: `streaming` is plain hooks on the untouched Hugging Face model; `hook points` is a `TransformerBridge`.
 
-What follows a colon names a second layout of the same family. Multimodal models with one of these as their text model
-are read where a line of the table says where its blocks are (so far: gemma3).
+What follows a colon names a second layout of the same family. Multimodal models are run on token ids alone, as text;
+beyond the rows, gemma3 is read as well, whose text model is the row gemma3_text.
+
+FlashTrace, IFR and RecursiveAttribution read every row. LRP conserves relevance in every row but those that are
+refused below (`tests/test_relevance_core.py`), and HETA runs wherever a model is a function of its embeddings.
 [loading.md](loading.md) says what a model may be loaded with; [adding-a-family.md](adding-a-family.md) how to add one.
 
 """
 
 OTHERS = """
 Any model type that is not in the table is refused by name. So are encoder-decoders, models without a language-model
-head, and sequences that begin with padding.
+head, and sequences that begin with padding. Mllama is refused because text alone skips its cross-attention layers,
+which have no pattern over the text; Gemma 4's assistants because they read another model's keys and values.
 """
 
+_UNKNOWN, _NO_VALUES = "Unsupported architecture", "no hook point blocks.1.attn.hook_v"
 NOT_BOOTED = {
-    "dots1": "Unsupported architecture",
+    "aria_text": _UNKNOWN,
+    "cohere2_moe": _UNKNOWN,
+    "cwm": _UNKNOWN,
+    "dots1": _UNKNOWN,
+    "exaone_moe": _UNKNOWN,
     "falcon:40b": "split_with_sizes",
+    "flint": _UNKNOWN,
+    "fuyu": _UNKNOWN,
+    "gemma4": _NO_VALUES,
+    "gemma4_text": _NO_VALUES,
+    "gemma4_text:shared": _NO_VALUES,
+    "gemma4_unified": _NO_VALUES,
+    "gemma4_unified_text": _UNKNOWN,
     "gpt_bigcode:multi_head": "only supports multi_query=True",
-    "granitemoeshared": "Unsupported architecture",
-    "helium": "Unsupported architecture",
-    "hunyuan_v1_moe": "Unsupported architecture",
-    "ministral": "Unsupported architecture",
+    "granite_swa": _UNKNOWN,
+    "granitemoe_swa": _UNKNOWN,
+    "granitemoe_swa:routed": _UNKNOWN,
+    "granitemoeshared": _UNKNOWN,
+    "helium": _UNKNOWN,
+    "hunyuan_v1_moe": _UNKNOWN,
+    "hy_v3": _UNKNOWN,
+    "kolibri1": _UNKNOWN,
+    "mellum": _UNKNOWN,
+    "mimo_v2_flash": _UNKNOWN,
+    "minimax_m3_vl_text": _UNKNOWN,
+    "ministral": _UNKNOWN,
+    "moshi": _UNKNOWN,
+    "persimmon": _UNKNOWN,
+    "phi4_multimodal": _UNKNOWN,
+    "solar_open": _UNKNOWN,
 }
-"""Families that TransformerLens 4.3 does not boot, with its reason."""
+"""Families that TransformerLens 4.3 does not boot, or without what is needed, and the reason."""
 
 HYBRID = {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
+SPARSE = {"layer_types": ["full_attention", "minimax_m3_sparse", "full_attention"], "index_n_heads": 2}
+NO_LRP = ("gemma4_text", "gemma4_text:shared")
+"""Families that LRP refuses."""
 REFUSED = {
-    "qwen3_next with linear attention": ("qwen3_next", HYBRID),
-    "qwen3_5_text with linear attention": ("qwen3_5_text", HYBRID),
-    "opt with do_layer_norm_before=False": ("opt", {"do_layer_norm_before": False}),
-    "bloom with its residual after the norm": ("bloom", {"apply_residual_connection_post_layernorm": True}),
+    "qwen3_next with linear attention": ("qwen3_next", HYBRID, FlashTrace),
+    "qwen3_5_text with linear attention": ("qwen3_5_text", HYBRID, FlashTrace),
+    "opt with do_layer_norm_before=False": ("opt", {"do_layer_norm_before": False}, FlashTrace),
+    "bloom with its residual after the norm": (
+        "bloom",
+        {"apply_residual_connection_post_layernorm": True},
+        FlashTrace,
+    ),
+    "minimax_m3_vl_text with sparse attention": ("minimax_m3_vl_text", SPARSE, FlashTrace),
+    **{f"{family}, by LRP": (family, {}, LRP) for family in NO_LRP},
+    "gemma4_text with embeddings in every layer, by HETA": ("gemma4_text", {}, HETA),
 }
 
 
@@ -106,6 +144,7 @@ def _block(layout: Layout) -> str:
     parts = ["parallel" if layout.mid is None else "sequential"]
     parts += ["norm after attention"] if layout.post_norm else []
     parts += ["residual multiplier"] if layout.multiplier else []
+    parts += ["stream scaled at its end"] if layout.out_scale else []
     parts += ["gated heads"] if layout.gate else []
     parts += ["attention of its own"] if layout.reader else []
     return ", ".join(parts)
@@ -113,14 +152,14 @@ def _block(layout: Layout) -> str:
 
 def _refused() -> str:
     lines = ["| model | message |", "|---|---|"]
-    for name, (family, settings) in REFUSED.items():
-        lines.append(f"| {name} | {_message(family, settings)} |")
+    for name, (family, settings, method) in REFUSED.items():
+        lines.append(f"| {name} | {_message(family, settings, method)} |")
     return "\n".join(lines) + "\n"
 
 
-def _message(family: str, settings: dict) -> str:
+def _message(family: str, settings: dict, method: type) -> str:
     try:
-        FlashTrace(tiny(family, **settings)).attribute_ids(random_ids(24), prompt_length=10, target=Span(19, 24))
+        method(tiny(family, **settings)).attribute_ids(random_ids(24), prompt_length=10, target=Span(19, 24))
     except FlashTraceError as error:
         return str(error)
     raise SystemExit(f"{family} with {settings} is not refused any more; remove it from the list")

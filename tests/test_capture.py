@@ -224,6 +224,26 @@ def test_a_kernel_that_changes_when_recorded_is_refused():
     AttentionMaskInterface.register("drifting", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
     with pytest.raises(ClosureError, match=r"llama: LlamaForCausalLM gives other logits .*gap \d.*bound 1e-05"):
         attributed(tiny("llama", attn_implementation="drifting"))
+    model = tiny("llama")
+    attributed(model)
+    model.set_attn_implementation("drifting")  # a model that was found right with another kernel is checked again
+    with pytest.raises(ClosureError, match="gives other logits"):
+        attributed(model)
+
+
+@pytest.mark.parametrize("part", ["block", "self_attn", "mlp", "post_attention_layernorm"])
+def test_a_module_of_two_layers_is_refused(part):
+    """Its second call would be noted for both layers."""
+    model = tiny("llama")
+    layers = model.model.layers
+    if part == "block":
+        layers[2] = layers[1]
+    else:
+        setattr(layers[2], part, getattr(layers[1], part))
+    with pytest.raises(UnsupportedModelError, match=rf"llama, layer 2 shares its '{part}' with layer 1, .*deepcopy"):
+        attributed(model)
+    layers[2] = copy.deepcopy(layers[1])
+    assert attributed(model).closure_error < 1e-5
 
 
 def test_linear_attention_layers_are_refused():

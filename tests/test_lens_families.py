@@ -50,7 +50,7 @@ def test_hook_points_and_streaming_agree(family):
 @pytest.mark.parametrize("family", [f for f in NOT_BOOTED if f in FAMILIES])
 def test_families_that_transformer_lens_does_not_boot(family):
     with pytest.raises(UnsupportedModelError, match=NOT_BOOTED[family]):
-        bridge_for(tiny(family))
+        attribute(bridge_for(tiny(family)))
 
 
 @pytest.mark.skipif("qwen3_next" not in FAMILIES, reason="no hybrid among the tiny models")

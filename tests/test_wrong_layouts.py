@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -31,6 +32,7 @@ NOT_THERE = [
     ("post_norm", "post_norm", "has no 'post_norm', only"),
     ("gate", "self_attn.gate", "has no 'self_attn.gate', only"),
     ("multiplier", "residual_multiplier", "'residual_multiplier' .*is no number.*: NoneType"),
+    ("out_scale", "layer_scalar", "'layer_scalar' .*is no number.*: NoneType"),
 ]
 OTHER_THINGS = [
     ("blocks", "model", "'model' .* is a LlamaModel, not a list of blocks"),
@@ -221,3 +223,59 @@ def test_every_causal_family_gets_as_far_as_the_table_of_layouts():
             layout_for(config)
         except UnsupportedModelError as error:
             assert f"{config.model_type!r} is not supported" in str(error) or "opt-350m" in str(error)
+
+
+def test_a_block_that_scales_its_stream_does_not_close_without_saying_so():
+    register_layout("gemma4_text", replace(layout_for(config_of("gemma4_text")), out_scale=None))
+    with pytest.raises(ClosureError, match="the block's output is not the stream after attention plus MLP"):
+        FlashTrace(tiny("gemma4_text")).attribute_ids(IDS, **SPANS)
+
+
+SPARSE = {"layer_types": ["full_attention", "minimax_m3_sparse", "full_attention"], "index_n_heads": 2}
+
+
+@pytest.mark.parametrize("blocks", [16, 2])
+def test_attention_that_chooses_its_keys_is_refused(blocks):
+    """Also where the first text is so short that everything is chosen, and logits and closure are right."""
+    model = tiny("minimax_m3_vl_text", **SPARSE, index_block_size=4, index_topk_blocks=blocks)
+    with pytest.raises(UnsupportedModelError, match="layer 1 has sparse attention: its MiniMaxM3VLIndexer chooses"):
+        FlashTrace(model).attribute_ids(IDS, **SPANS)
+
+
+@pytest.mark.parametrize(
+    ("family", "first"),
+    [
+        ("qwen3", "llama: Layout()"),
+        ("cohere2", "cohere: Layout(mid=None)"),
+        ("gemma3_text", "gemma2: Layout(mid='pre_feedforward_layernorm', mlp='post_feedforward_layernorm', post_norm"),
+        ("olmo3", "exaone4: Layout(mid='mlp', mlp='post_feedforward_layernorm', post_norm="),
+        ("granitemoe_swa", "granitemoeshared: Layout(mlp=('block_sparse_moe', 'shared_mlp'), multiplier="),
+        ("qwen3_next", "qwen3_5_moe_text: Layout(gate='self_attn.q_proj')"),
+        ("gpt2", "gpt2: Layout(blocks='transformer.h', attn='attn', W_O='attn.c_proj', mid='ln_2')"),
+        ("fuyu", "fuyu: Layout(blocks='model.language_model.layers', W_O='self_attn.dense')"),
+    ],
+)
+def test_an_unknown_family_is_told_whose_layouts_fit(family, first):
+    model = tiny(family)
+    for config in (model.config, model.config.get_text_config()):
+        config.model_type = "mine"
+    with pytest.raises(UnsupportedModelError, match=rf"parts of {re.escape(first)}.*register_layout\('mine', "):
+        FlashTrace(model).attribute_ids(IDS, **SPANS)
+
+
+def test_no_layout_is_offered_that_does_not_fit_every_layer():
+    model = tiny("qwen3_next", layer_types=["full_attention", "linear_attention", "full_attention"])
+    model.config.model_type = "mine"
+    with pytest.raises(UnsupportedModelError, match="If its block is built like one of these"):
+        FlashTrace(model).attribute_ids(IDS, **SPANS)
+
+
+def test_attention_that_hands_over_by_name_is_read():
+    """Its gates are not in the layout, which is what does not close then."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    config = transformers.AfmoeConfig(**sizes, **experts, head_dim=8, num_hidden_layers=2, vocab_size=512)
+    norms = {"post_norm": "post_attention_layernorm", "mid": "pre_mlp_layernorm", "mlp": "post_mlp_layernorm"}
+    register_layout("afmoe", Layout(**norms))
+    with pytest.raises(ClosureError, match="attention's parts do not add up"):
+        FlashTrace(transformers.AutoModelForCausalLM.from_config(config).eval()).attribute_ids(IDS, **SPANS)

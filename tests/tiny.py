@@ -67,17 +67,52 @@ FALCON_40B = {"new_decoder_architecture": True, "num_kv_heads": 2}
 FALCON_RW = {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True, "num_kv_heads": 4}
 GRANITE = GATED | {"residual_multiplier": 0.3, "attention_multiplier": 0.4, "embedding_multiplier": 3.0}
 FULL = {"layer_types": ["full_attention"] * 3}
+ALTERNATING = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
+GRANITE_SWA = GRANITE | ALTERNATING | {"sliding_window": 8, "layer_rope_theta": [1e4, 0, 1e3]}
+GEMMA4 = WIDE_WINDOW | {
+    "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+    "global_head_dim": 16,
+    "num_global_key_value_heads": 1,
+    "attention_k_eq_v": True,
+}
+LAST_SHARES = {"num_kv_shared_layers": 1}
+GEMMA4_TOKENS = {f"{name}_token_id": VOCAB_SIZE + i for i, name in enumerate(("image", "video", "audio"))}
+WITH_TOKENS = COMMON | {"vocab_size": VOCAB_SIZE + len(GEMMA4_TOKENS)}
+PER_LAYER = {"hidden_size_per_layer_input": 6, "vocab_size_per_layer_input": VOCAB_SIZE}
+GEMMA4_MOE = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 24}
+MIMO = WIDE_WINDOW | ALTERNATING | {"num_key_value_heads": 1, "v_head_dim": 10, "attention_value_scale": 0.6}
+MINIMAX_M3 = {"dense_intermediate_size": 48, "shared_intermediate_size": 24, "rotary_dim": 6}
+SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+PHI4 = {
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "vision_config": SMALL | {"num_hidden_layers": 1, "image_size": 28, "crop_size": 28},
+    "audio_config": SMALL | {"num_blocks": 1, "nemo_conv_channels": 8, "ext_pw_out_channel": 16},
+}
 LOCAL = {"attention_types": [[["global", "local", "global"], 1]], "window_size": 8, "num_layers": 3, "num_heads": 4}
+
+DRAWN_BUFFERS = {"e_score_correction_bias": 0.0, "layer_scalar": 1.0}
+"""Buffers that are learned like parameters, and the values that leave the model as it is."""
 
 # family -> (configuration class, what to set beyond COMMON). One line adds a family. What follows a colon names a
 # layout of the family other than its first; all else is the family's `model_type`.
 FAMILIES = {
     "apertus": ("ApertusConfig", GATED),
     "arcee": ("ArceeConfig", GATED),
+    "aria_text": ("AriaTextConfig", GATED | {"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1}),
     "bloom": ("BloomConfig", {}),
     "codegen": ("CodeGenConfig", GPT2 | {"rotary_dim": 4}),
     "cohere": ("CohereConfig", GATED | {"use_qk_norm": True}),
     "cohere2": ("Cohere2Config", WINDOW),
+    "cohere2_moe": (
+        "Cohere2MoeConfig",
+        WIDE_WINDOW
+        | EXPERTS
+        | {"num_shared_experts": 1, "sliding_window_pattern": 2}
+        | {"first_k_dense_replace": 1, "prefix_dense_intermediate_size": 40},
+    ),
+    "cwm": ("CwmConfig", WIDE_WINDOW | ALTERNATING),
     "deepseek_v2": ("DeepseekV2Config", MLA),
     "deepseek_v3": ("DeepseekV3Config", MLA),
     "dots1": ("Dots1Config", GATED | DEEPSEEK_MOE),
@@ -87,12 +122,27 @@ FAMILIES = {
         GATED | {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 24, "moe_num_shared_experts": 1},
     ),
     "exaone4": ("Exaone4Config", WINDOW | {"sliding_window_pattern": 2}),
+    "exaone_moe": (
+        "ExaoneMoeConfig",
+        WIDE_WINDOW | QWEN_MOE | {"sliding_window_pattern": 2, "n_group": 2, "topk_group": 1},
+    ),
     "falcon": ("FalconConfig", EAGER),
     "falcon:40b": ("FalconConfig", EAGER | FALCON_40B),
     "falcon:alibi": ("FalconConfig", EAGER | FALCON_RW),
+    "flex_olmo": ("FlexOlmoConfig", GATED | EXPERTS),
+    "flint": ("FlintConfig", WIDE_WINDOW | ALTERNATING | QWEN_MOE | SHARED_EXPERT | {"mlp_only_layers": [1]}),
+    "fuyu": ("FuyuConfig", {"text_config": COMMON | {"model_type": "persimmon", "intermediate_size": 48}}),
     "gemma": ("GemmaConfig", WIDE),
     "gemma2": ("Gemma2Config", WIDE_WINDOW | {"query_pre_attn_scalar": 12}),
     "gemma3_text": ("Gemma3TextConfig", WIDE_WINDOW | {"query_pre_attn_scalar": 12}),
+    "gemma4": (
+        "Gemma4Config",
+        GEMMA4_TOKENS | {"text_config": WITH_TOKENS | GEMMA4 | GEMMA4_MOE | {"hidden_size_per_layer_input": 0}},
+    ),
+    "gemma4_text": ("Gemma4TextConfig", GEMMA4 | PER_LAYER),
+    "gemma4_text:shared": ("Gemma4TextConfig", GEMMA4 | PER_LAYER | LAST_SHARES),
+    "gemma4_unified": ("Gemma4UnifiedConfig", GEMMA4_TOKENS | {"text_config": WITH_TOKENS | GEMMA4}),
+    "gemma4_unified_text": ("Gemma4UnifiedTextConfig", GEMMA4),
     "glm": ("GlmConfig", WIDE),
     "glm4": ("Glm4Config", WIDE),
     "glm4_moe": ("Glm4MoeConfig", WIDE | DEEPSEEK_MOE),
@@ -106,27 +156,48 @@ FAMILIES = {
     "gpt_oss": ("GptOssConfig", WIDE_WINDOW | TWO_OF_FOUR),
     "gptj": ("GPTJConfig", GPT2 | {"rotary_dim": 4}),
     "granite": ("GraniteConfig", GRANITE),
+    "granite_swa": ("GraniteSWAConfig", GRANITE_SWA),
     "granitemoe": ("GraniteMoeConfig", GRANITE | TWO_OF_FOUR),
+    "granitemoe_swa": ("GraniteMoeSWAConfig", GRANITE_SWA | TWO_OF_FOUR | {"shared_intermediate_size": 24}),
+    "granitemoe_swa:routed": ("GraniteMoeSWAConfig", GRANITE_SWA | TWO_OF_FOUR),
     "granitemoeshared": ("GraniteMoeSharedConfig", GRANITE | TWO_OF_FOUR | {"shared_intermediate_size": 24}),
     "helium": ("HeliumConfig", GATED | {"head_dim": 8}),
     "hunyuan_v1_dense": ("HunYuanDenseV1Config", WIDE),
     "hunyuan_v1_moe": ("HunYuanMoEV1Config", WIDE | {"num_experts": 4, "moe_topk": 2}),
+    "hy_v3": ("HYV3Config", WIDE | QWEN_MOE),
+    "internlm3": ("InternLM3Config", WIDE),
+    "iquestcoder": ("IQuestCoderConfig", WIDE),
+    "jais2": ("Jais2Config", WIDE),
+    "kolibri1": ("Kolibri1Config", WIDE_WINDOW | ALTERNATING | QWEN_MOE | SHARED_EXPERT),
     "llama": ("LlamaConfig", GATED),
     "llama4_text": ("Llama4TextConfig", LLAMA4),
+    "mellum": (
+        "MellumConfig",
+        WIDE_WINDOW | ALTERNATING | QWEN_MOE | {"mlp_layer_types": ["dense", "sparse", "sparse"]},
+    ),
+    "mimo_v2_flash": ("MiMoV2FlashConfig", MIMO | DEEPSEEK_MOE),
     "minimax_m2": ("MiniMaxM2Config", WIDE | TWO_OF_FOUR),
+    "minimax_m3_vl_text": (
+        "MiniMaxM3VLTextConfig",
+        WIDE | TWO_OF_FOUR | MINIMAX_M3 | {"mlp_layer_types": ["dense", "sparse", "sparse"]},
+    ),
     "ministral": ("MinistralConfig", WIDE_WINDOW),
     "ministral3": ("Ministral3Config", WIDE),
     "mistral": ("MistralConfig", WINDOW),
     "mixtral": ("MixtralConfig", GATED | TWO_OF_FOUR),
+    "moshi": ("MoshiConfig", WINDOW | {"ffn_dim": 48, "head_dim": 12, "audio_encoder_config": {"model_type": "mimi"}}),
     "mpt": ("MptConfig", {"attn_config": {"clip_qkv": 0.5}}),
+    "nanochat": ("NanoChatConfig", GATED),
     "nemotron": ("NemotronConfig", WIDE),
     "olmo": ("OlmoConfig", GATED | {"clip_qkv": 0.5}),
     "olmo2": ("Olmo2Config", GATED),
     "olmo3": ("Olmo3Config", WINDOW),
     "olmoe": ("OlmoeConfig", GATED | {"num_experts": 4, "num_experts_per_tok": 2}),
     "opt": ("OPTConfig", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
+    "persimmon": ("PersimmonConfig", {"intermediate_size": 48}),
     "phi": ("PhiConfig", GATED | NO_DROPOUT),
     "phi3": ("Phi3Config", GATED | {"resid_pdrop": 0.0, "embd_pdrop": 0.0}),
+    "phi4_multimodal": ("Phi4MultimodalConfig", WINDOW | PHI4),
     "phimoe": ("PhimoeConfig", GATED | TWO_OF_FOUR),
     "qwen2": ("Qwen2Config", GATED),
     "qwen2_moe": ("Qwen2MoeConfig", GATED | QWEN_MOE | SHARED_EXPERT),
@@ -137,9 +208,11 @@ FAMILIES = {
     "qwen3_next": ("Qwen3NextConfig", WIDE | FULL | QWEN_MOE | SHARED_EXPERT),
     "seed_oss": ("SeedOssConfig", WIDE | {"residual_dropout": 0.0}),
     "smollm3": ("SmolLM3Config", GATED | {"no_rope_layer_interval": 2}),
+    "solar_open": ("SolarOpenConfig", WIDE | DEEPSEEK_MOE),
     "stablelm": ("StableLmConfig", GATED | {"use_qkv_bias": True}),
     "stablelm:parallel": ("StableLmConfig", GATED | {"use_parallel_residual": True, "qk_layernorm": True}),
     "starcoder2": ("Starcoder2Config", GATED | {"residual_dropout": 0.0, "embedding_dropout": 0.0}),
+    "vaultgemma": ("VaultGemmaConfig", WIDE_WINDOW | {"query_pre_attn_scalar": 12}),
 }
 
 
@@ -178,7 +251,7 @@ def plain_llama(width: int, layers: int):
 
 @torch.no_grad()
 def randomise(model: nn.Module, seed: int) -> None:
-    """Redraw every parameter once, in the order of `modules`; tied parameters stay tied."""
+    """Redraw every learned tensor once, in the order of `modules`; tied parameters stay tied."""
     generator = torch.Generator().manual_seed(seed)
     done = set()
     for module in model.modules():
@@ -188,12 +261,16 @@ def randomise(model: nn.Module, seed: int) -> None:
             done.add(id(parameter))
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(_centre(module, name) + _spread(module, name, parameter) * noise)
+        for name, buffer in module.named_buffers(recurse=False):
+            if name in DRAWN_BUFFERS:
+                buffer.copy_(DRAWN_BUFFERS[name] + 0.3 * torch.randn(buffer.shape, generator=generator))
 
 
 def _centre(module: nn.Module, name: str) -> float:
     """1 where a norm multiplies by its weight; 0 for matrices, biases, sinks and for norms that add 1 themselves."""
     is_norm_gain = name == "weight" and getattr(module, name).dim() == 1
-    return 1.0 if is_norm_gain and not type(module).__name__.startswith("Gemma") else 0.0
+    adds_one = type(module).__name__.startswith(("GemmaRMS", "Gemma2RMS", "Gemma3RMS"))
+    return 1.0 if is_norm_gain and not adds_one else 0.0
 
 
 def _spread(module: nn.Module, name: str, parameter: torch.Tensor) -> float:

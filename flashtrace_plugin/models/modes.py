@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import nn
 from torch.overrides import _get_current_function_mode_stack
+from transformers import PreTrainedModel
 
 from flashtrace_plugin.errors import UnsupportedModelError
 
@@ -39,6 +40,19 @@ def same_function_modes() -> Iterator[None]:
             torch._C._pop_torch_function_stack()
         for mode in before:
             torch._C._push_on_torch_function_stack(mode)
+
+
+def check_layer_by_layer(model: PreTrainedModel, what: str) -> None:
+    """Raises UnsupportedModelError for a model whose layers read more than the stream that enters them (Gemma 4)."""
+    config = model.config.get_text_config()
+    for name in ("num_kv_shared_layers", "hidden_size_per_layer_input"):
+        value = getattr(config, name, 0)
+        if value:
+            raise UnsupportedModelError(
+                f"layers of {type(model).__name__} read keys and values of earlier layers, or the token ids again "
+                f"({name}={value}), so what enters a layer does not determine what leaves it, and {what}; use "
+                "FlashTrace, IFR or RecursiveAttribution"
+            )
 
 
 def check_differentiable(model: nn.Module, name: str) -> None:

@@ -100,7 +100,8 @@ def _layer_shares(layer: DenseLayer, w: Tensor) -> tuple[Tensor, Tensor, Tensor,
     total = e.sum() + e_residual
 
     u = w @ layer.resid_post
-    e_mlp, e_mid = proximity(w @ layer.mlp_out, u), proximity(t, u)  # Eq. 21
+    kept = layer.out_scale * t
+    e_mlp, e_mid = proximity(layer.out_scale * (w @ layer.mlp_out), u), proximity(kept, u)  # Eq. 21
     return (
         _share(e.sum(0), total),
         _share(e.sum(1), total),

@@ -30,6 +30,7 @@ class DenseLayer:
     W_O, b_O                                    [H, d_h, d], [d]
     gain, scale                                 [d], [N]    the norm after W_O; ones if there is none
     gate                                        [H, N, d_h] multiplies what row i has read; None if there is none
+    out_scale                                   multiplies the stream at the end: resid_post = (mid + mlp) * out_scale
     """
 
     resid_pre: Tensor
@@ -43,6 +44,7 @@ class DenseLayer:
     gain: Tensor = None
     scale: Tensor = None
     gate: Tensor = None
+    out_scale: float = 1.0
 
     def __post_init__(self):
         positions, width = self.resid_pre.shape
@@ -71,6 +73,15 @@ def last_head(projected: Tensor, config: Any, d_h: int) -> Tensor:
 def interleaved(projected: Tensor, config: Any, d_h: int) -> Tensor:
     """Each head has its query, key and value side by side."""
     return projected.unflatten(1, (config.num_attention_heads, 3, d_h))[:, :, 2]
+
+
+def values_alone(projected: Tensor, config: Any, d_h: int) -> Tensor:
+    """Nothing but values; layers may differ in their number of KV heads."""
+    return projected.unflatten(1, (-1, d_h))
+
+
+def scaled(projected: Tensor, config: Any, d_h: int) -> Tensor:
+    return config.attention_value_scale * values_alone(projected, config, d_h)
 
 
 def clipped(projected: Tensor, config: Any, d_h: int) -> Tensor:
@@ -118,6 +129,9 @@ class Family:
     unit_offset: bool = False  # the post-norm multiplies by 1 + weight
     scale: str | None = None  # field of the configuration that multiplies both branches
     gate: bool = False  # every head of q_proj has its query, then the logits of its gate
+    hidden_sinks: bool = False  # eager attention gives its patterns before the sinks take their part
+    out_scale: str | None = None  # buffer of the block that multiplies the stream at the end
+    values_of: Callable[[Any, int], int] = lambda config, layer: layer  # the layer whose values a layer reads
 
 
 LLAMA = Family()
@@ -129,6 +143,10 @@ SANDWICH = Family(mid="pre_feedforward_layernorm", unit_offset=True, **NORMED)
 POST_NORM = Family(mid="mlp", **NORMED)
 GATED = Family(gate=True)
 GRANITE = Family(scale="residual_multiplier")
+GRANITE_SWA = replace(GRANITE, hidden_sinks=True)
+GLM4 = Family(post_norm="post_self_attn_layernorm", mlp_out=("post_mlp_layernorm",))
+PERSIMMON = Family(values="self_attn.query_key_value", split=interleaved, output="self_attn.dense")
+INNER = "model.language_model.layers"
 GPT = {"blocks": "transformer.h", "attention": "attn"}
 GPT2 = Family(values="attn.c_attn", output="attn.c_proj", mid="ln_2", **GPT)
 GPTJ = Family(values="attn.v_proj", output="attn.out_proj", mid=None, **GPT)
@@ -155,12 +173,15 @@ FAMILIES = {
     "codegen": replace(GPTJ, values="attn.qkv_proj", split=codegen),
     "cohere": PARALLEL,
     "cohere2": PARALLEL,
+    "cohere2_moe": PARALLEL,
     "deepseek_v2": LATENT,
     "deepseek_v3": LATENT,
     "exaone4": POST_NORM,
+    "flex_olmo": POST_NORM,
+    "fuyu": replace(PERSIMMON, blocks=INNER),
     "gemma2": SANDWICH,
     "gemma3_text": SANDWICH,
-    "glm4": Family(post_norm="post_self_attn_layernorm", mlp_out=("post_mlp_layernorm",)),
+    "glm4": GLM4,
     "glm4_moe_lite": LATENT,
     "gpt2": GPT2,
     "gpt_neo": replace(
@@ -168,9 +189,13 @@ FAMILIES = {
     ),
     "gptj": GPTJ,
     "granite": GRANITE,
+    "granite_swa": GRANITE_SWA,
     "granitemoe": replace(GRANITE, mlp_out=("block_sparse_moe",)),
     "granitemoeshared": replace(GRANITE, mlp_out=("block_sparse_moe", "shared_mlp")),
+    "kolibri1": GLM4,
     "llama4_text": replace(LLAMA, mlp_out=("feed_forward",)),
+    "mimo_v2_flash": replace(LLAMA, split=scaled),
+    "moshi": replace(LLAMA, output="self_attn.o_proj.linear"),
     "mpt": Family(
         blocks="transformer.blocks",
         attention="attn",
@@ -186,11 +211,14 @@ FAMILIES = {
     "opt": Family(
         blocks="model.decoder.layers", output="self_attn.out_proj", mid="final_layer_norm", mlp_out=("fc2",)
     ),
+    "persimmon": PERSIMMON,
     "phi": replace(PARALLEL, output="self_attn.dense"),
     "phi3": FUSED,
+    "phi4_multimodal": FUSED,
     "qwen3_5_moe_text": GATED,
     "qwen3_5_text": GATED,
     "qwen3_next": GATED,
+    "vaultgemma": replace(LLAMA, mid="pre_feedforward_layernorm"),
 }
 
 
@@ -200,11 +228,37 @@ def family_of(config: Any) -> Family:
         return _falcon(config)
     if config.model_type == "gpt_neox":
         return replace(NEOX, mid=None) if config.use_parallel_residual else NEOX
+    if config.model_type.startswith("gemma4"):
+        return _gemma4(config)
+    if config.model_type == "granitemoe_swa":
+        shared = ["shared_mlp"] if config.shared_intermediate_size else []
+        return replace(GRANITE_SWA, mlp_out=("block_sparse_moe", *shared))
     if config.model_type == "gpt_bigcode":
         return replace(GPT2, split=last_head if config.multi_query else interleaved)
     if config.model_type == "stablelm" and config.use_parallel_residual:
         return PARALLEL
     return FAMILIES.get(config.model_type, LLAMA)
+
+
+def _gemma4(config: Any) -> Family:
+    text = config.get_text_config()
+    per_layer = ["post_per_layer_input_norm"] if getattr(text, "hidden_size_per_layer_input", 0) else []
+    return replace(
+        SANDWICH,
+        blocks=LLAMA.blocks if text is config else INNER,
+        values="self_attn.v_norm",
+        split=values_alone,
+        unit_offset=False,
+        mlp_out=("post_feedforward_layernorm", *per_layer),
+        out_scale="layer_scalar",
+        values_of=_last_of_its_kind,
+    )
+
+
+def _last_of_its_kind(config: Any, layer: int) -> int:
+    """The last layers of Gemma 4 have no values: they read those of the last layer before that has the same mask."""
+    own, kinds = config.num_hidden_layers - config.num_kv_shared_layers, config.layer_types
+    return layer if layer < own else max(i for i in range(own) if kinds[i] == kinds[layer])
 
 
 def _falcon(config: Any) -> Family:
@@ -227,10 +281,13 @@ def read_dense(model, input_ids: Tensor) -> list[DenseLayer]:
     """
     family = family_of(model.config)
     model = eager_copy(model)
-    records = [_Record(block, family) for block in model.get_submodule(family.blocks)]
+    config = model.config.get_text_config()
+    sources = [family.values_of(config, i) for i in range(config.num_hidden_layers)]
+    blocks = model.get_submodule(family.blocks)
+    records = [_Record(block, family, blocks[source]) for block, source in zip(blocks, sources, strict=True)]
     with torch.no_grad():
         model(input_ids=input_ids.reshape(1, -1), use_cache=False)
-    layers = [_dense_layer(record, model.config) for record in records]
+    layers = [_dense_layer(record, config) for record in records]
     for index, layer in enumerate(layers):
         error = closure_error(layer)
         assert error < CLOSURE_TOLERANCE, f"{model.config.model_type}, layer {index}: closes only to {error:.1e}"
@@ -259,6 +316,7 @@ class _Record:
 
     block: nn.Module
     family: Family
+    source: nn.Module  # the block whose values it reads
     seen: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -266,7 +324,7 @@ class _Record:
         self._keep_input("resid_pre", "")
         self._keep_output("resid_post", "")
         self._keep_output("attention", family.attention)
-        self._keep_output("values", family.values)
+        self._keep_output("values", family.values, self.source)
         self._keep_pattern()
         for path in family.mlp_out:
             self._keep_output(path, path)
@@ -276,6 +334,9 @@ class _Record:
             self._keep_input("post_norm_in", family.post_norm)
         if family.gate:
             self._keep_output("gate", "self_attn.q_proj")
+        if family.hidden_sinks:
+            self._keep_output("q", "self_attn.q_proj")
+            self._keep_output("k", "self_attn.k_proj")
 
     def _keep_input(self, name: str, path: str) -> None:
         def hook(module, args, kwargs):
@@ -283,11 +344,11 @@ class _Record:
 
         self.block.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True)
 
-    def _keep_output(self, name: str, path: str) -> None:
+    def _keep_output(self, name: str, path: str, block: nn.Module | None = None) -> None:
         def hook(module, args, output):
             self.seen[name] = _rows(output[0] if isinstance(output, tuple) else output)
 
-        self.block.get_submodule(path).register_forward_hook(hook)
+        (block or self.block).get_submodule(path).register_forward_hook(hook)
 
     def _keep_pattern(self) -> None:
         def hook(module, args, output):
@@ -297,8 +358,10 @@ class _Record:
 
 
 def _rows(activation: Tensor) -> Tensor:
-    """[1, N, width] or [N, width] -> [N, width] in float64."""
-    return activation.detach().clone().double().reshape(-1, activation.shape[-1])
+    """[1, N, width], [N, width], [1, 1, N, width] or, cut into heads, [1, N, H, d_h] -> [N, width] in float64."""
+    by_head = activation.dim() == 4 and activation.shape[1] > 1
+    whole = activation.flatten(2) if by_head else activation
+    return whole.detach().clone().double().reshape(-1, whole.shape[-1])
 
 
 def _dense_layer(record: _Record, config) -> DenseLayer:
@@ -312,13 +375,14 @@ def _dense_layer(record: _Record, config) -> DenseLayer:
         resid_mid=seen["resid_mid"] if family.mid is not None else seen["resid_pre"] + seen["attention"],
         resid_post=seen["resid_post"],
         mlp_out=times * sum(seen[path] for path in family.mlp_out),
-        pattern=seen["pattern"],
+        pattern=_after_sinks(record, config) if family.hidden_sinks else seen["pattern"],
         v=_repeated(values, heads),
         W_O=W_O,
         b_O=b_O,
         gain=gain if family.scale is None else torch.full(W_O.shape[-1:], times, dtype=torch.float64),
         scale=scale,
         gate=_gate(seen["gate"], heads) if family.gate else None,
+        out_scale=1.0 if family.out_scale is None else getattr(record.block, family.out_scale).item(),
     )
 
 
@@ -326,6 +390,20 @@ def _repeated(values: Tensor, heads: int) -> Tensor:
     """[N, KV, d_h] -> [H, N, d_h]: query head h reads KV head h // (H / KV)."""
     group = heads // values.shape[1]
     return torch.stack([values[:, head // group] for head in range(heads)])
+
+
+def _after_sinks(record: _Record, config: Any) -> Tensor:
+    """[H, N, N]: the pattern times exp(lse) / (exp(lse) + exp(sink)), what a sink leaves of a softmax.
+
+    The score of a token with itself is known without its position, and gives lse by A_ii = exp(score_ii - lse).
+    """
+    pattern, heads = record.seen["pattern"], config.num_attention_heads
+    q = record.seen["q"].unflatten(1, (heads, -1)).transpose(0, 1)
+    k = _repeated(record.seen["k"].unflatten(1, (-1, q.shape[-1])), heads)
+    own = config.attention_multiplier * (q * k).sum(-1)
+    lse = own - pattern.diagonal(dim1=1, dim2=2).log()
+    sinks = record.block.self_attn.sinks.detach().double()
+    return pattern * torch.sigmoid(lse - sinks[:, None])[:, :, None]
 
 
 def _gate(projected: Tensor, heads: int) -> Tensor:

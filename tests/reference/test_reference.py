@@ -103,7 +103,8 @@ def test_residual_stream_is_continuous(family):
     layers = dense.read_dense(tiny(family), IDS)
     for layer, following in pairwise(layers):
         torch.testing.assert_close(layer.resid_post, following.resid_pre, atol=0, rtol=0)
-        torch.testing.assert_close(layer.resid_mid + layer.mlp_out, layer.resid_post, atol=1e-4, rtol=1e-5)
+        added = layer.resid_mid + layer.mlp_out
+        torch.testing.assert_close(layer.out_scale * added, layer.resid_post, atol=1e-4, rtol=1e-5)
 
 
 def test_sliding_window_is_read():

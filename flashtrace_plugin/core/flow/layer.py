@@ -32,6 +32,7 @@ class Layer:
     post_gain:  [d]             gain of a norm after attention, or a constant multiplier; None: 1
     post_scale: [rows]          1/rms of that norm, taken from the forward pass; None: 1
     z_gate:     [H, rows, d_h]  multiplies what a head has read, before the output projection (Qwen3-Next); None: 1
+    out_scale:  float           the next layer reads the stream times this (Gemma 4); ``resid_post`` is before it
     edit:       [rows, d]       what else was put into the stream before the next layer reads it; None: nothing. See
                                 :func:`flashtrace_plugin.core.flow.edits.with_edits`
     """
@@ -47,6 +48,7 @@ class Layer:
     post_gain: Tensor | None = None
     post_scale: Tensor | None = None
     z_gate: Tensor | None = None
+    out_scale: float = 1.0
     edit: Tensor | None = None
 
     @property

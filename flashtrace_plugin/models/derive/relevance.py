@@ -30,7 +30,7 @@ from flashtrace_plugin.errors import ClosureError, InputError, UnsupportedModelE
 from flashtrace_plugin.models.derive.runner import HuggingFace as HuggingFace
 from flashtrace_plugin.models.derive.runner import Runner
 from flashtrace_plugin.models.derive.sweep import Sweep
-from flashtrace_plugin.models.modes import check_differentiable
+from flashtrace_plugin.models.modes import check_differentiable, check_layer_by_layer
 from flashtrace_plugin.models.user_hooks import original_of
 
 _CHECKED_TOKENS = 128
@@ -264,6 +264,7 @@ def linearised(
     No parameter gets a gradient.
     """
     check_differentiable(runner.model, runner.name)
+    check_layer_by_layer(runner.model, "relevance cannot be handed down layer by layer")
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())

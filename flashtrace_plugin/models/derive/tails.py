@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from flashtrace_plugin.errors import InputError, UnsupportedModelError
 from flashtrace_plugin.models.derive.blockwise import blockwise_methods, register_blockwise
-from flashtrace_plugin.models.modes import check_differentiable
+from flashtrace_plugin.models.modes import check_differentiable, check_layer_by_layer
 from flashtrace_plugin.models.read.layouts import transformer_blocks
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
@@ -51,6 +51,9 @@ class Tails:
     ) -> None:
         self.model, self.rows, self.forwards = model, rows, 0
         self.reuses = after is None
+        _check_embeddings(model)
+        if last_layers is not None:
+            check_layer_by_layer(model, "last_layers would leave that out")
         self.block = None if last_layers is None else _block(model, last_layers)
         self.keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.hidden: Tensor | None = None
@@ -171,6 +174,14 @@ class _Prefix(DynamicLayer):
 
 def _after(prefix: Tensor, states: Tensor) -> Tensor:
     return torch.cat([prefix.expand(len(states), -1, -1, -1), states], -2)
+
+
+def _check_embeddings(model: PreTrainedModel) -> None:
+    if getattr(model.config.get_text_config(), "hidden_size_per_layer_input", 0):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} reads the token ids again in every layer (hidden_size_per_layer_input), so it is "
+            "no function of its embeddings, whose curvature HETA takes; use another method"
+        )
 
 
 def _block(model: PreTrainedModel, last_layers: int) -> nn.Module:

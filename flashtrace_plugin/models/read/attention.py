@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -56,11 +56,14 @@ def kernel(module: nn.Module, name: str) -> Callable[..., Any]:
 
 
 def _recorded(name: str) -> Callable[..., Any]:
-    def attention(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, *args: Any, **options: Any) -> Any:
+    # Some families pass these by name, so the names are transformers'.
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **options: Any
+    ) -> Any:
         note = vars(module).get(_NOTE)
         if note is not None:
-            note(module, AttentionCall(name, q, k, v, mask, options))
-        return kernel(module, name)(module, q, k, v, mask, *args, **options)
+            note(module, AttentionCall(name, query, key, value, attention_mask, options))
+        return kernel(module, name)(module, query, key, value, attention_mask, *args, **options)
 
     return attention
 
@@ -76,7 +79,9 @@ def _register(name: str) -> str:
 @contextmanager
 def recording(view: PreTrainedModel, notes: Mapping[nn.Module, Note]) -> Iterator[None]:
     """While active, each note sees what its attention module of a view hands to its kernel."""
-    configs = {id(m.config): m.config for m in view.modules() if isinstance(m, PreTrainedModel)}
+    # A module may have a configuration of its own, as one that was copied from another layer has.
+    known = [getattr(module, "config", None) for module in view.modules()]
+    configs = {id(config): config for config in known if isinstance(config, PretrainedConfig)}
     names = {key: _register(config._attn_implementation or "eager") for key, config in configs.items()}
     for key, config in configs.items():  # only now, since a configuration hands its choice on to those inside it
         config._attn_implementation = names[key]

@@ -28,6 +28,11 @@ class BlockRecorder:
     def __init__(self, block: nn.Module, layout: Layout, rows: Tensor, name: str, masks: MaskReader) -> None:
         self.block, self.layout, self.rows, self.name, self.masks = block, layout, rows, name, masks
         self.attn = self.submodule(layout.attn)
+        if isinstance(getattr(self.attn, "indexer", None), nn.Module):
+            raise UnsupportedModelError(
+                f"{name} has sparse attention: its {type(self.attn.indexer).__name__} chooses the keys that are read, "
+                "which is not recorded, so the model is refused"
+            )
         self.post_gain = None if layout.post_norm is None else self._gain(layout.post_norm)
         self.seen: dict[str, Tensor] = {}
         self.pattern: QKPattern | None = None
@@ -43,6 +48,11 @@ class BlockRecorder:
                 "state space model, convolution) has no attention pattern that could say which token was read, and "
                 "leaving it out would lose what flows through it, so the model is refused"
             ) from None
+
+    def watched(self) -> list[tuple[str, nn.Module]]:
+        """The modules that are noted, by their paths in the block."""
+        paths = dict.fromkeys([*(path for path, _, _ in self._taps()), self.layout.attn])
+        return [(path, self.submodule(path)) for path in paths]
 
     def watch(self, stack: ExitStack) -> None:
         """Places hooks on the block, which is one of a view, and opens the layout's reader, until the stack closes."""
@@ -114,6 +124,9 @@ class BlockRecorder:
         """The record of this block. Raises UnsupportedModelError or ClosureError if the layout does not fit it."""
         pattern, seen = self._complete(), self.seen
         multiplier = self._multiplier(seen["resid_post"])
+        out_scale = 1.0 if self.layout.out_scale is None else self._number(self.layout.out_scale)
+        if out_scale != 1.0:
+            seen.update({name: seen[name] / out_scale for name in ("written", "resid_post")})
         mid, mlp_out = self._branches(multiplier)
         W_O, b_O = self._output(pattern.q.shape[0])
         return Layer(
@@ -129,6 +142,7 @@ class BlockRecorder:
             post_gain=multiplier if self.post_gain is None else self.post_gain,
             post_scale=seen.get("post_scale"),
             z_gate=None if self.layout.gate is None else _gate(seen["gate"], pattern.q.shape[0]),
+            out_scale=out_scale,
         )
 
     def _complete(self) -> QKPattern:
@@ -211,12 +225,15 @@ class BlockRecorder:
     def _multiplier(self, like: Tensor) -> Tensor | None:
         if self.layout.multiplier is None:
             return None
-        value = getattr(self.block, self.layout.multiplier, None)
+        return like.new_full(like.shape[-1:], self._number(self.layout.multiplier))
+
+    def _number(self, name: str) -> float:
+        value = getattr(self.block, name, None)
+        if isinstance(value, Tensor) and value.numel() == 1:
+            return float(value)
         if not isinstance(value, (int, float)):
-            raise UnsupportedModelError(
-                f"{self._told(self.layout.multiplier)} is no number to multiply a branch by: {type(value).__name__}"
-            )
-        return like.new_full(like.shape[-1:], value)
+            raise UnsupportedModelError(f"{self._told(name)} is no number to multiply by: {type(value).__name__}")
+        return value
 
 
 def _scale(gain: Tensor | None, before: Tensor, after: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
+from collections.abc import Sequence
 from contextlib import ExitStack
 
 import torch
@@ -15,19 +16,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from flashtrace_plugin.core.flow.layer import Layer
-from flashtrace_plugin.errors import ClosureError, InputError
+from flashtrace_plugin.errors import ClosureError, InputError, UnsupportedModelError
 from flashtrace_plugin.models.read.attention import MaskReader, recording
 from flashtrace_plugin.models.read.block import BlockRecorder
-from flashtrace_plugin.models.read.layouts import Layout, layout_for, transformer_blocks
+from flashtrace_plugin.models.read.layouts import Layout, layout_of, transformer_blocks
 from flashtrace_plugin.models.user_hooks import whole_text
 from flashtrace_plugin.models.view import view_of
 
 _CHECKED_TOKENS = 128
-"""The first run of a model compares its logits with and without recording on this many tokens."""
+"""The first run of a model with a kernel compares its logits with and without recording on this many tokens."""
 
 _LOGIT_TOLERANCE = 1e-5
 
-_verified: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_verified: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+"""Models whose logits were compared, and the kernel of attention that they had then."""
 
 
 def capture(model: PreTrainedModel, input_ids: Tensor, rows: Tensor) -> list[Layer]:
@@ -40,9 +42,9 @@ def capture(model: PreTrainedModel, input_ids: Tensor, rows: Tensor) -> list[Lay
     InputError for activations that are not finite, ClosureError when recording changes the model's logits or a
     parallel block does not add up. A view of the model is run, so the model is never touched.
     """
-    layout = layout_for(model.config)
+    layout = layout_of(model)
     with torch.no_grad():
-        if model not in _verified:
+        if _verified.get(model) != _kernel_name(model):
             _verify_logits(model, input_ids if whole_text(model) else input_ids[:, :_CHECKED_TOKENS])
         recorders, _ = _record(view_of(model), layout, input_ids, rows)
         return [recorder.layer() for recorder in recorders]
@@ -56,6 +58,7 @@ def _record(
         BlockRecorder(block, layout, rows, f"{family}, layer {i}", masks)
         for i, block in enumerate(transformer_blocks(view))
     ]
+    _check_apart(recorders)
     with ExitStack() as stack:
         if layout.reader is None:
             stack.enter_context(recording(view, {recorder.attn: recorder.attention for recorder in recorders}))
@@ -70,14 +73,32 @@ def _record(
     return recorders, logits
 
 
+def _check_apart(recorders: Sequence[BlockRecorder]) -> None:
+    """Raises UnsupportedModelError for a module of two layers, whose second call would be noted for both."""
+    owners: dict[nn.Module, int] = {}
+    for i, recorder in enumerate(recorders):
+        for path, module in recorder.watched():
+            if owners.setdefault(module, i) != i:
+                raise UnsupportedModelError(
+                    f"{recorder.name} shares its {path or 'block'!r} with layer {owners[module]}, so what the two "
+                    "compute cannot be told apart; give each a module of its own, such as copy.deepcopy makes"
+                )
+
+
 def _family_name(model: PreTrainedModel) -> str:
     """The family as the table of layouts spells it: the text model's ``model_type``."""
     return model.config.get_text_config().model_type
 
 
+def _kernel_name(model: PreTrainedModel) -> str:
+    return str(model.config.get_text_config()._attn_implementation)
+
+
 def _last_logits(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
     """Logits of the last position [vocabulary]; the others are never computed where the model can skip them."""
-    options = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    # As a position: told how many, Gemma 4 computes its last layers for those rows only.
+    keep = {"logits_to_keep": torch.tensor([input_ids.shape[1] - 1])}
+    options = keep if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     return model(input_ids=input_ids, use_cache=False, **options).logits[0, -1]
 
 
@@ -87,7 +108,7 @@ def logit_gap(model: PreTrainedModel, input_ids: Tensor) -> float:
     with torch.no_grad():
         plain = _last_logits(view, input_ids)
         last = torch.tensor([input_ids.shape[1] - 1])
-        _, recorded = _record(view, layout_for(model.config), input_ids, last)
+        _, recorded = _record(view, layout_of(model), input_ids, last)
     return float((plain - recorded).abs().max() / plain.abs().max())
 
 
@@ -99,4 +120,4 @@ def _verify_logits(model: PreTrainedModel, input_ids: Tensor) -> None:
             f"{_family_name(model)}: {type(model).__name__} gives other logits while it is recorded (relative gap "
             f"{gap:.1e}, bound {_LOGIT_TOLERANCE:.0e}); load it with attn_implementation='eager' or 'sdpa'"
         )
-    _verified.add(model)
+    _verified[model] = _kernel_name(model)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from torch import nn
@@ -34,6 +34,7 @@ class Layout:
     mlp:        the module whose output is the MLP branch, before a multiplier; or several, whose outputs are added
     post_norm:  an RMS norm between the output projection and the residual stream; its gain is measured, not named
     multiplier: attribute of a block by which its two branches are multiplied
+    out_scale:  attribute of a block by which the whole stream is multiplied at the block's end
     gate:       a module whose output, per head, is a query and then a gate: heads are multiplied by its sigmoid
     reader:     for attention that does not go through transformers' attention interface
     """
@@ -45,6 +46,7 @@ class Layout:
     mlp: str | tuple[str, ...] = "mlp"
     post_norm: str | None = None
     multiplier: str | None = None
+    out_scale: str | None = None
     gate: str | None = None
     reader: Reader | None = None
 
@@ -58,6 +60,7 @@ _SANDWICH = Layout(
     post_norm="post_attention_layernorm", mid="pre_feedforward_layernorm", mlp="post_feedforward_layernorm"
 )
 _POST_NORM = Layout(post_norm="post_attention_layernorm", mid="mlp", mlp="post_feedforward_layernorm")
+_GLM4 = Layout(post_norm="post_self_attn_layernorm", mlp="post_mlp_layernorm")
 _SCALED = Layout(multiplier="residual_multiplier")
 _GATED = Layout(gate="self_attn.q_proj")
 _GPT2 = Layout(blocks="transformer.h", attn="attn", W_O="attn.c_proj", mid="ln_2")
@@ -67,6 +70,25 @@ _BLOOM = Layout(
     "transformer.h", "self_attention", "self_attention.dense", mlp="mlp.dense_4h_to_h", reader=own_attention.bloom
 )
 _FALCON = replace(_BLOOM, mlp="mlp", reader=own_attention.falcon)
+_PERSIMMON = Layout(W_O="self_attn.dense")
+_INNER = "model.language_model.layers"
+"""Where multimodal models keep the blocks of their text model."""
+
+
+def _gemma4(config: Any) -> Layout:
+    text = config.get_text_config()
+    per_layer = ("post_per_layer_input_norm",) if getattr(text, "hidden_size_per_layer_input", 0) else ()
+    return replace(
+        _SANDWICH,
+        blocks="model.layers" if text is config else _INNER,
+        mlp=("post_feedforward_layernorm", *per_layer),
+        out_scale="layer_scalar",
+    )
+
+
+def _granitemoe_swa(config: Any) -> Layout:
+    shared = ("shared_mlp",) if config.shared_intermediate_size else ()
+    return replace(_SCALED, mlp=("block_sparse_moe", *shared))
 
 
 def _neox(config: Any) -> Layout:
@@ -93,23 +115,34 @@ def _opt(config: Any) -> Layout:
 _LAYOUTS: dict[str, Layout | _Choice] = {
     "apertus": replace(_LLAMA, mid="feedforward_layernorm"),
     "arcee": _LLAMA,
+    "aria_text": _LLAMA,
     "bloom": _BLOOM,
     "codegen": _GPTJ,
     "cohere": _PARALLEL,
     "cohere2": _PARALLEL,
+    "cohere2_moe": _PARALLEL,
+    "cwm": _LLAMA,
     "deepseek_v2": _LLAMA,
     "deepseek_v3": _LLAMA,
     "dots1": _LLAMA,
     "ernie4_5": _LLAMA,
     "ernie4_5_moe": _LLAMA,
     "exaone4": _POST_NORM,
+    "exaone_moe": _LLAMA,
     "falcon": _falcon,
+    "flex_olmo": _POST_NORM,
+    "flint": _LLAMA,
+    "fuyu": replace(_PERSIMMON, blocks=_INNER),
     "gemma": _LLAMA,
     "gemma2": _SANDWICH,
-    "gemma3": replace(_SANDWICH, blocks="model.language_model.layers"),
+    "gemma3": replace(_SANDWICH, blocks=_INNER),
     "gemma3_text": _SANDWICH,
+    "gemma4": _gemma4,
+    "gemma4_text": _gemma4,
+    "gemma4_unified": _gemma4,
+    "gemma4_unified_text": _gemma4,
     "glm": _LLAMA,
-    "glm4": replace(_LLAMA, post_norm="post_self_attn_layernorm", mlp="post_mlp_layernorm"),
+    "glm4": _GLM4,
     "glm4_moe": _LLAMA,
     "glm4_moe_lite": _LLAMA,
     "gpt2": _GPT2,
@@ -119,29 +152,43 @@ _LAYOUTS: dict[str, Layout | _Choice] = {
     "gpt_oss": _LLAMA,
     "gptj": _GPTJ,
     "granite": _SCALED,
+    "granite_swa": _SCALED,
     "granitemoe": replace(_SCALED, mlp="block_sparse_moe"),
+    "granitemoe_swa": _granitemoe_swa,
     "granitemoeshared": replace(_SCALED, mlp=("block_sparse_moe", "shared_mlp")),
     "helium": _LLAMA,
     "hunyuan_v1_dense": _LLAMA,
     "hunyuan_v1_moe": _LLAMA,
+    "hy_v3": _LLAMA,
+    "internlm3": _LLAMA,
+    "iquestcoder": _LLAMA,
+    "jais2": _LLAMA,
+    "kolibri1": _GLM4,
     "llama": _LLAMA,
     "llama4_text": replace(_LLAMA, mlp="feed_forward"),
+    "mellum": _LLAMA,
+    "mimo_v2_flash": _LLAMA,
     "minimax_m2": _LLAMA,
+    "minimax_m3_vl_text": _LLAMA,
     "ministral": _LLAMA,
     "ministral3": _LLAMA,
     "mistral": _LLAMA,
     "mixtral": _LLAMA,
+    "moshi": _LLAMA,
     "mpt": Layout(
         "transformer.blocks", "attn", "attn.out_proj", mid="norm_2", mlp="ffn.down_proj", reader=own_attention.mpt
     ),
+    "nanochat": _LLAMA,
     "nemotron": _LLAMA,
     "olmo": _LLAMA,
     "olmo2": _POST_NORM,
     "olmo3": _POST_NORM,
     "olmoe": _LLAMA,
     "opt": _opt,
+    "persimmon": _PERSIMMON,
     "phi": replace(_PARALLEL, W_O="self_attn.dense"),
     "phi3": _LLAMA,
+    "phi4_multimodal": _LLAMA,
     "phimoe": _LLAMA,
     "qwen2": _LLAMA,
     "qwen2_moe": _LLAMA,
@@ -152,8 +199,10 @@ _LAYOUTS: dict[str, Layout | _Choice] = {
     "qwen3_next": _GATED,
     "seed_oss": _LLAMA,
     "smollm3": _LLAMA,
+    "solar_open": _LLAMA,
     "stablelm": _stablelm,
     "starcoder2": _LLAMA,
+    "vaultgemma": replace(_LLAMA, mid="pre_feedforward_layernorm"),
 }
 
 
@@ -184,16 +233,77 @@ def _checked(model_type: str, layout: object) -> Layout:
 
 def layout_for(config: PretrainedConfig) -> Layout:
     """The family's layout. Raises UnsupportedModelError for a family that is not in the table."""
+    layout = _known(config)
+    if layout is None:
+        raise UnsupportedModelError(
+            f"{_unknown(config)}. If its block is built like one of these, add it with "
+            "flashtrace_plugin.models.read.layouts.register_layout(model_type, Layout(...)); "
+            "every call then checks that the block closes"
+        )
+    return layout
+
+
+def layout_of(model: PreTrainedModel) -> Layout:
+    """The layout of the model's family. The error for an unknown one tells which layouts of others would fit."""
+    layout = _known(model.config)
+    if layout is None and (tries := _look_alikes(model)):
+        raise UnsupportedModelError(
+            f"{_unknown(model.config)}. Its blocks have the parts of "
+            f"{', '.join(f'{family}: {layout}' for family, layout in tries.items())}. Try the first that closes, with "
+            f"flashtrace_plugin.models.read.layouts.register_layout({model.config.model_type!r}, Layout(...)); every "
+            "call then checks that the block closes"
+        )
+    return layout or layout_for(model.config)
+
+
+def _known(config: PretrainedConfig) -> Layout | None:
     for own in _configs(config):
         layout = _LAYOUTS.get(own.model_type)
         if layout is not None:
             return layout if isinstance(layout, Layout) else _checked(own.model_type, layout(own))
-    raise UnsupportedModelError(
-        f"model type {config.model_type!r} is not supported; supported are {', '.join(supported_families())}. "
-        "If its block is built like one of these, add it with "
-        "flashtrace_plugin.models.read.layouts.register_layout(model_type, Layout(...)); "
-        "every call then checks that the block closes"
-    )
+    return None
+
+
+def _unknown(config: PretrainedConfig) -> str:
+    return f"model type {config.model_type!r} is not supported; supported are {', '.join(supported_families())}"
+
+
+def _look_alikes(model: PreTrainedModel) -> dict[str, str]:
+    """Families all of whose parts are in all of the model's blocks, and their layouts, with the model's path to them.
+
+    Those come first that name most, since a block may have parts that a layout does not name. Families that compute
+    attention themselves are left out: names say nothing about that.
+    """
+    count = getattr(list(_configs(model.config))[-1], "num_hidden_layers", None)
+    lists = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    found: dict[Layout, str] = {}
+    for family, layout in {"llama": _LLAMA, "gemma2": _SANDWICH, **_LAYOUTS}.items():
+        for path, blocks in lists:
+            if isinstance(layout, Layout) and layout.reader is None and all(_fits(layout, block) for block in blocks):
+                found.setdefault(replace(layout, blocks=path), family)
+    ranked = sorted(found, key=lambda layout: -len(_parts(layout)))
+    return {found[layout]: f"Layout({', '.join(_given(layout))})" for layout in ranked[:3]}
+
+
+def _fits(layout: Layout, block: nn.Module) -> bool:
+    modules = {name for name, _ in block.named_modules()}
+    if not all(name in modules or isinstance(getattr(block, name, None), (int, float)) for name in _parts(layout)):
+        return False
+    gate, W_O = (None if path is None else block.get_submodule(path) for path in (layout.gate, layout.W_O))
+    return gate is None or getattr(gate, "out_features", 0) == 2 * getattr(W_O, "in_features", 0) != 0
+
+
+def _parts(layout: Layout) -> list[str]:
+    """What a layout names in a block."""
+    mlp = (layout.mlp,) if isinstance(layout.mlp, str) else layout.mlp
+    others = (layout.mid, layout.post_norm, layout.multiplier, layout.out_scale, layout.gate)
+    return [layout.attn, layout.W_O, *mlp, *filter(None, others)]
+
+
+def _given(layout: Layout) -> list[str]:
+    """The arguments of a layout, as they are written."""
+    values = {field.name: getattr(layout, field.name) for field in fields(layout)}
+    return [f"{name}={value!r}" for name, value in values.items() if value != getattr(_LLAMA, name)]
 
 
 def _configs(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
@@ -207,7 +317,7 @@ def _configs(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
 
 def transformer_blocks(model: PreTrainedModel) -> list[nn.Module]:
     """The model's blocks, where its layout says they are. Raises UnsupportedModelError if they are not there."""
-    path, kind = layout_for(model.config).blocks, model.config.get_text_config().model_type
+    path, kind = layout_of(model).blocks, model.config.get_text_config().model_type
     owner: nn.Module = model
     for part in path.split(".") if path else ():
         if not isinstance(getattr(owner, part, None), nn.Module):
@@ -223,4 +333,4 @@ def transformer_blocks(model: PreTrainedModel) -> list[nn.Module]:
             f"{path!r} of {type(model).__name__} is a {type(owner).__name__}, not a list of blocks, which the layout "
             f"of family {kind!r} says is there"
         )
-    return list(owner.children())
+    return list(owner.values() if isinstance(owner, nn.ModuleDict) else owner)
