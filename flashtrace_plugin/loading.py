@@ -183,6 +183,8 @@ def _bundled() -> Path:
 def _checked_folder(name: str) -> str:
     """The name itself; raises InputError for a folder that is not there or has damaged files."""
     path = Path(name).expanduser()
+    if path.is_file():
+        raise InputError(f"cannot load the model {name!r}: it is a file; pass its folder, a hub name or a .gguf file")
     if _is_lost(name):
         raise InputError(f"cannot load the model {name!r}: there is no such folder")
     if not path.is_dir():

@@ -225,6 +225,8 @@ def test_mistakes_are_told_in_one_line(arguments, message, folder, tmp_path):
 
 def test_models_that_cannot_be_loaded(tmp_path):
     assert "no such folder" in refused("attribute", "--model", tmp_path / "none", *TEXTS)
+    (tmp_path / "weights.bin").write_bytes(b"")
+    assert "it is a file" in refused("attribute", "--model", tmp_path / "weights.bin", *TEXTS)
     assert "cannot load the model" in refused("attribute", "--model", tmp_path, *TEXTS)
 
 

@@ -370,6 +370,8 @@ def test_a_bridge_gives_the_numbers_of_its_model():
         ({"fractions": (0.0,)}, "fraction must be above 0 and at most 1, got 0.0"),
         ({"fractions": (0.2, 1.5)}, "got 1.5"),
         ({"fractions": ()}, "fractions is empty"),
+        ({"fractions": "0.1"}, "fractions must be numbers"),
+        ({"seed": "x"}, "seed a whole number"),
         ({"fractions": (1.0,)}, "the five spans named first have 20 tokens and all others 0"),
         ({"fractions": (0.6,)}, "three spans named first have 15 tokens and all others 5: nothing of equal length"),
         ({"draws": 1}, "draws must be a whole number of at least 2"),

@@ -118,10 +118,11 @@ class Verification:
             units = count_of(len(self.units), self.unit)
             return f"This explanation does not hold: it gives all {units} the same score."
         drop, drops = float(self.drop[-1]), self.random_drop[:, -1]
+        change, drops = ("raise", -drops) if float(drops.mean()) < 0 else ("lower", drops)
         low, mean, high = (_nats(value) for value in (drops.min(), drops.mean(), drops.max()))
         compared = (
             f"the {count_of(len(self.named[-1]), self.unit)} named first {_moves(drop, self._log_p)}; "
-            f"random {self.unit}s of equal length lower it by {mean} [{low}, {high}]"
+            f"random {self.unit}s of equal length {change} it by {mean} [{low}, {high}]"
         )
         if self.holds:
             return f"Removing {compared}."

@@ -129,6 +129,10 @@ def verify_units(
     lm = check_model(model)
     ids = check_ids(lm, input_ids)[0].cpu()
     parts = _checked_units(units, len(scores), watched, kind)
+    if isinstance(fractions, str) or not isinstance(seed, int):
+        raise InputError(
+            f"fractions must be numbers such as (0.1, 0.2) and seed a whole number, got {fractions!r} and {seed!r}"
+        )
     token, shares = replacement_token(lm, replacement), tuple(sorted(set(fractions)))
     order = scores.argsort(descending=True, stable=True).tolist()
     named = [tuple(order[:count]) for count in kept_counts(shares, len(parts))]
