@@ -12,7 +12,16 @@ from torch.nn.utils import parametrize, prune, spectral_norm, weight_norm
 
 from flashtrace_lens import bridge_for
 from flashtrace_lens import flashtrace as on_bridge
-from flashtrace_plugin import ALTI, HETA, LRP, FlashTrace, RecursiveAttribution, Span, UnsupportedModelError
+from flashtrace_plugin import (
+    ALTI,
+    HETA,
+    LRP,
+    FlashTrace,
+    InputError,
+    RecursiveAttribution,
+    Span,
+    UnsupportedModelError,
+)
 from flashtrace_plugin.models.view import view_of
 from tests.tiny import random_ids, tiny
 
@@ -377,3 +386,23 @@ def test_a_view_of_a_bridge_computes_what_the_bridge_computes():
     assert view.original_model is not bridge.original_model
     with torch.no_grad():
         assert torch.equal(view(IDS[None]), bridge(IDS[None]))
+
+
+@pytest.mark.parametrize("where", ["model", "embeddings"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_hook_that_changes_the_token_ids_is_refused(family, where):
+    """Scores would be given to tokens that the model does not read."""
+    model, ids = tiny(family), random_ids(20, seed=4)
+    method, spans = FlashTrace(model), {"prompt_length": 8, "target": (15, 18)}
+    method.attribute_ids(ids, **spans)
+
+    def other(module, args, kwargs):
+        args = tuple(a.flip(-1) for a in args)
+        return args, {k: v.flip(-1) if k == "input_ids" else v for k, v in kwargs.items()}
+
+    module = model if where == "model" else model.get_input_embeddings()
+    handle = module.register_forward_pre_hook(other, with_kwargs=True)
+    with pytest.raises(InputError, match="changes the token ids"):
+        method.attribute_ids(ids, **spans)
+    handle.remove()
+    method.attribute_ids(ids, **spans)

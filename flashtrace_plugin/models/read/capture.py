@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 import torch
@@ -64,6 +64,7 @@ def _record(
             stack.enter_context(recording(view, {recorder.attn: recorder.attention for recorder in recorders}))
         for recorder in recorders:
             recorder.watch(stack)
+        stack.callback(view.get_input_embeddings().register_forward_pre_hook(_same_ids(input_ids)).remove)
         logits = _last_logits(view, input_ids)
     if not bool(torch.isfinite(logits).all()):
         raise InputError(
@@ -71,6 +72,19 @@ def _record(
             "check the weights, or load the model in bfloat16 or float32"
         )
     return recorders, logits
+
+
+def _same_ids(input_ids: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    """A hook that refuses to embed other tokens than those that scores are given to."""
+
+    def check(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if args and not torch.equal(args[0].to(input_ids.device), input_ids):
+            raise InputError(
+                "a hook changes the token ids before they are embedded, so scores would be given to tokens that the "
+                "model does not read; remove it, and pass the ids that it makes"
+            )
+
+    return check
 
 
 def _check_apart(recorders: Sequence[BlockRecorder]) -> None:
