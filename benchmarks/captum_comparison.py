@@ -91,7 +91,7 @@ def contestants(model: Any, tokenizer: Any, samples: int, steps: int) -> dict[st
         f"ShapleyValueSampling, {samples} samples": theirs(shapley, tokenizer, sequence | {"n_samples": samples}),
         f"LayerIntegratedGradients, {steps} steps": theirs(gradients, tokenizer, {"n_steps": steps}),
         "IFR": ours(IFR(model), tokenizer),
-        "HETA": ours(HETA(model, progress=False), tokenizer),
+        "HETA": ours(HETA(model, progress=False, max_cost=None), tokenizer),
         "FlashTrace": ours(FlashTrace(model), tokenizer, hops=1),
         "FlashTrace, predicting positions, 4 hops": ours(predicting, tokenizer, hops=4),
         "FlashTrace, predicting positions": ours(predicting, tokenizer, whole=True),

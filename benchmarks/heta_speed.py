@@ -185,7 +185,7 @@ def presets(length: int = 128, window: int = 64, last_layers: int = 2, width: in
     for name in PRESETS:
         scaled = {"window": window} if "WIN" in name else {}
         scaled |= {"last_layers": last_layers} if "LS" in name else {}
-        heta = HETA.preset(model, None, name, progress=False, **scaled)
+        heta = HETA.preset(model, None, name, progress=False, max_cost=None, **scaled)
         began = time.process_time()
         found = heta.attribute_ids(ids[0], prompt_length=length - 2, target=Span(length - 1, length))
         seconds, cost = time.process_time() - began, found.settings
@@ -202,7 +202,7 @@ def long(
     ids = torch.randint(0, 8192, (1, length), generator=torch.Generator().manual_seed(0))
     forward = forward_seconds(model, ids)
     print(f"llama shape d = {width}, {layers} layers, N = {length}: one forward pass {forward:.1f} s", flush=True)
-    heta = HETA.preset(model, None, preset, **({} if rank is None else {"rank": rank}))
+    heta = HETA.preset(model, None, preset, max_cost=None, **({} if rank is None else {"rank": rank}))
     began = time.process_time()
     found = heta.attribute_ids(ids[0], prompt_length=length - 2, target=Span(length - 1, length))
     seconds, cost = time.process_time() - began, found.settings

@@ -28,6 +28,14 @@ class MethodError(FlashTraceError):
     """A method cannot be registered, or returned what no attribution can be."""
 
 
+class CostError(FlashTraceError):
+    """A run would take more than ``max_cost`` allows; ``estimate`` is the part of the message that tells how much."""
+
+    def __init__(self, message: str, estimate: str = "") -> None:
+        super().__init__(message)
+        self.estimate = estimate
+
+
 class CostWarning(UserWarning):
     """What was asked for will take long; the message tells how long."""
 

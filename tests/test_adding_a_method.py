@@ -103,7 +103,7 @@ def test_every_host_runs_it_by_name_with_the_same_numbers(rollout, tmp_path):
 
 def test_its_declaration_is_what_users_see(rollout):
     assert [one.name for one in options_of(rollout)] == [
-        *("hops", "recursion", "positions", "ignore", "format"),
+        *("hops", "recursion", "positions", "ignore", "format", "max_cost"),
         "residual",
     ]
     assert inspect.signature(rollout).parameters["positions"].default == "predicting"

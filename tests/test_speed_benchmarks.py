@@ -54,3 +54,12 @@ def test_graphs_beside_the_forward_pass(capsys):
     command = "--methods flashtrace,lrp --lengths 256 --steps 4 --repeats 1 --width 64 --layers 1 --no-memory"
     rows = re.findall(r"^\| [fl]\w+ \|.*", run("benchmarks.graph_speed", command, capsys), re.MULTILINE)
     assert [row.split()[1] for row in rows] == ["flashtrace", "lrp"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+def test_scale_measures_a_method_and_fits_a_line():
+    threads, scale = torch.get_num_threads(), script("benchmarks.scale")
+    assert all(value > 0 for value in scale.times("flashtrace", 300, 256, 1))
+    assert scale.memory("lrp", 300, 256, 1) >= 0
+    torch.set_num_threads(threads)
+    assert scale.line([1024, 2048, 4096], [3, 5, 9.3]) == "1 MiB + 2.11 KiB per token, largest residual 0.1 MiB"

@@ -105,7 +105,7 @@ def _as_case(text: TokenizedText, one: Transcript, target: ToolCall, seed: int, 
 
 def _without_each_message(model: Any, one: _Attacked) -> Tensor:
     """Fall of log P(call) without each message, spread over its tokens, 0 where it rises: a forward pass for each."""
-    units = one.units(torch.zeros(one.case.prompt_length), "message").units
+    units = one.units(torch.zeros(one.case.prompt_length, dtype=torch.float32), "message").units
     tokens = one.text.tokens[: one.case.prompt_length]
     places = unit_tokens(tokens, [unit.ranges for unit in units], [True] * len(units))
     places = [place for place, unit in zip(places, units, strict=True) if unit.content]
@@ -113,7 +113,7 @@ def _without_each_message(model: Any, one: _Attacked) -> Tensor:
     for row, place in zip(rows[1:], places, strict=True):
         row[place] = replacement_token(model)
     found = log_likelihood(model, rows, generation=one.case.target, batch_size=4)
-    scores = torch.zeros(one.case.prompt_length)
+    scores = torch.zeros(one.case.prompt_length, dtype=torch.float32)
     for place, drop in zip(places, (found[0] - found[1:]).clamp(min=0).tolist(), strict=True):
         scores[place] = drop / len(place)
     return scores
@@ -156,7 +156,9 @@ def _head(model: Any, one: _Attacked, name: str) -> dict[str, Any]:
         "prompt_length": case.prompt_length,
         "evidence": len(case.evidence),
         "messages": one.text.messages,
-        "sentences": sum(unit.content for unit in one.units(torch.zeros(case.prompt_length), "sentence").units),
+        "sentences": sum(
+            unit.content for unit in one.units(torch.zeros(case.prompt_length, dtype=torch.float32), "sentence").units
+        ),
     }
 
 

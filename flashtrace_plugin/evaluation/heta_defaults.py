@@ -59,7 +59,7 @@ def _recursions(model: Any, case: Case) -> dict[str, Tensor]:
     rows = {}
     for hops in (1, 2):
         for gate in ("flow", "per_head"):
-            heta = METHODS["heta"](model, hops=hops, gate=gate, curvature="low_rank", progress=False)
+            heta = METHODS["heta"](model, hops=hops, gate=gate, curvature="low_rank", progress=False, max_cost=None)
             rows[f"low rank, hops {hops}, gate {gate}"] = heta.attribute_ids(case.input_ids, **case.spans).scores
     return rows
 

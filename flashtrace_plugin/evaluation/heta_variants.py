@@ -84,8 +84,10 @@ def terms(
     """
     before = known or KnownTerms({}, {}, {})
 
+    quiet: dict[str, Any] = {"progress": False, "max_cost": None}
+
     def run(name: str, **options: Any) -> Tensor:
-        heta = HETA(model, **({"gate": None, "curvature": None, "mask": None, "progress": False} | options), seed=seed)
+        heta = HETA(model, **(quiet | {"gate": None, "curvature": None, "mask": None} | options), seed=seed)
         return heta.attribute_ids(case.input_ids, **case.spans).components[name]
 
     def curvature(name: str) -> Tensor:

@@ -36,6 +36,7 @@ class ALTI(Method):
     name = "alti"
     Options = _ALTIOptions
     drives = driven(hops="auto", recursion="reasoning", positions="predicting", ignore=())
+    hop_cost = 0.35  # as FlashTrace's, with a projection of all positions; .3 to .4
     options: _ALTIOptions
 
     def start(self, task: Task) -> Step:

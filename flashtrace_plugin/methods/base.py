@@ -14,6 +14,7 @@ from torch import Tensor
 from flashtrace_plugin.attribution import Attribution
 from flashtrace_plugin.core.recursion import Rows
 from flashtrace_plugin.errors import InputError, MethodError
+from flashtrace_plugin.methods.cost import check_cost, hops_ahead
 from flashtrace_plugin.methods.driver import Step, drive
 from flashtrace_plugin.methods.options import Declared, Driving, Options, declared, driven
 from flashtrace_plugin.methods.task import Task
@@ -41,6 +42,9 @@ class Method(ABC):
     Options:      its own options, a frozen dataclass of :func:`~flashtrace_plugin.methods.options.option` fields
     drives:       the driver's options that mean something for it, with their defaults here
     renormalises: whether the prompt's scores are brought to sum 1 (Eq. 31)
+    hop_cost:     forward passes that a hop takes, see :meth:`cost`
+    cost_of:      what the cost grows with, as refused runs are told
+    cheaper:      its own options that take less, the better ones first
 
     model:     a Hugging Face causal language model, or a TransformerBridge of TransformerLens
     tokenizer: the model's tokenizer; only texts need it
@@ -51,6 +55,9 @@ class Method(ABC):
     drives: ClassVar[Mapping[str, Any]] = driven(hops=1, recursion="reasoning", positions="token", ignore=())
     renormalises: ClassVar[bool] = False
     explains_steps: ClassVar[bool] = True
+    hop_cost: ClassVar[float] = 1.0
+    cost_of: ClassVar[str] = "one forward pass, and more for every hop"
+    cheaper: ClassVar[tuple[Mapping[str, Any], ...]] = ()
 
     @property
     def conserves(self) -> bool:
@@ -60,6 +67,13 @@ class Method(ABC):
     def conservation_delta(self, found: Attribution) -> float:
         """All shares of an attribution of this method, less what they should add up to, in the unit of the latter."""
         raise NotImplementedError(f"the method {self.name!r} conserves nothing that could be compared")
+
+    def cost(self, task: Task) -> float:
+        """What a run takes in forward passes of the text, to a factor of two; above ``max_cost`` it is refused.
+
+        Here one pass, and ``hop_cost`` for the target, every hop, and one that measures sinks.
+        """
+        return 1 + self.hop_cost * (1 + hops_ahead(self, task) + (task.sinks != "keep"))
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -107,8 +121,9 @@ class Method(ABC):
         reasoning:  what to follow importance through; by default the thinking before the target
 
         Raises SpanError or InputError for spans and texts that do not fit, UnsupportedModelError and ClosureError
-        for a model that cannot be decomposed. Warns with ReasoningWarning where hops that were asked for find no
-        reasoning to follow. The model is left as it was found.
+        for a model that cannot be decomposed, and CostError before it runs what takes more than ``max_cost``. Warns
+        with ReasoningWarning where hops that were asked for find no reasoning to follow. The model is left as it was
+        found.
         """
         text = tokenize(self._need_tokenizer(), prompt, generation, self.end_ids())
         return self.attribute_text(text, target=target, reasoning=reasoning)
@@ -234,7 +249,9 @@ class Method(ABC):
             open_for_the_call.enter_context(torch.inference_mode(False))
             autocast = open_for_the_call.enter_context(without_autocast())
             ids = self.source.check_ids(text.input_ids).clone()
-            yield self._task(ids, text.prompt_length, where.target, where.reasoning, open_for_the_call), autocast
+            task = self._task(ids, text.prompt_length, where.target, where.reasoning, open_for_the_call)
+            check_cost(self, task)
+            yield task, autocast
 
     def _contents(self, text: TokenizedText) -> tuple[Content, ...]:
         """Where the prompt's contents are: those of its messages, or what stands between special tokens."""

@@ -22,6 +22,7 @@ class FlashTrace(Method):
 
     name = "flashtrace"
     drives = driven(hops=1, recursion="reasoning", positions="token", ignore=(), sinks="keep")
+    hop_cost = 0.15  # the product with W_O, and a few rows of every pattern; .1 to .3 by the shape
 
     def start(self, task: Task) -> Step:
         """One forward pass; a hop is one pass over the recorded layers."""

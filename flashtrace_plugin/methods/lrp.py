@@ -90,7 +90,12 @@ class LRP(Method):
     name = "lrp"
     Options = LRPOptions
     drives = driven(hops="auto", recursion="reasoning", ignore=(), sinks="keep")
+    hop_cost = 1.3  # a backward pass: .9 under rule "cp", 1.2 under "attn", 1.8 where the pass is run again for it
     options: LRPOptions
+
+    def cost(self, task: Task) -> float:
+        """As for every method, and a backward pass for the generation where it is the context."""
+        return super().cost(task) + self.hop_cost * (self.options.context == "generation")
 
     @property
     def conserves(self) -> bool:

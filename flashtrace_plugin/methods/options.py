@@ -139,6 +139,20 @@ def _checked_format(name: str, choice: FormatChoice) -> FormatChoice:
     return tuple(choice) if isinstance(choice, list) else choice
 
 
+def _checked_cost(name: str, cost: float | None) -> float | None:
+    """Raises InputError unless it is a number above 0, or None."""
+    if cost is not None and (not isinstance(cost, (int, float)) or isinstance(cost, bool) or not cost > 0):
+        raise InputError(
+            f"{name} must be a number of forward passes above 0, or None (null on the command line) for no bound, got "
+            f"{cost!r}"
+        )
+    return cost
+
+
+_MAX_COST = 10_000
+"""Forward passes of a text: more than an hour where one takes half a second, too long to wait for unasked."""
+
+
 @dataclass(frozen=True)
 class Driving(Options):
     """The options that the driver understands; a method says in ``drives`` which of them mean something for it."""
@@ -171,11 +185,18 @@ class Driving(Options):
     format: FormatChoice = option(
         None, "reasoning format, by name or as its two markers; None looks for all", check=_checked_format
     )
+    max_cost: float | None = option(
+        _MAX_COST,
+        "forward passes of this text that a run may take by its estimate; what takes more is refused before it "
+        "begins, with the estimate; None: no bound",
+        check=_checked_cost,
+        noted=False,
+    )
 
 
 def driven(**defaults: Any) -> Mapping[str, Any]:
     """What a method writes as its ``drives``: the driver's options it takes, by name, with their defaults there.
 
-    Every method finds its spans, so all of them take ``format``.
+    Every method finds its spans, and every run takes time, so all of them take ``format`` and ``max_cost``.
     """
-    return MappingProxyType(defaults | {"format": None})
+    return MappingProxyType({"format": None, "max_cost": _MAX_COST} | defaults)

@@ -13,11 +13,15 @@ from flashtrace_plugin.core.flow.layer import Layer
 from flashtrace_plugin.core.recursion import Rows
 from flashtrace_plugin.errors import InputError, UnsupportedModelError
 from flashtrace_plugin.methods.base import Method
+from flashtrace_plugin.methods.ifr import ROW_COST
 from flashtrace_plugin.methods.options import Driving, Hops, driven, one_of
 from flashtrace_plugin.methods.task import Task
 from flashtrace_plugin.models.guard import evaluating
 
 Base = Union[Method, Tensor]
+
+_GRADIENT_COST = 2.5
+"""Forward passes that one gradient takes."""
 
 
 class RecursiveAttribution(Method):
@@ -27,6 +31,11 @@ class RecursiveAttribution(Method):
     """
 
     name = "recursive"
+    cost_of = "a flow for every token of the reasoning and the target; the method flashtrace takes one for each hop"
+
+    def cost(self, task: Task) -> float:
+        """One forward pass, and a part of one for every row; hops are products with the matrix."""
+        return 1 + ROW_COST * len(task.rows)
 
     def start(self, task: Task) -> Rows:
         """One forward pass and one hop for every row."""
@@ -77,6 +86,7 @@ class RecursiveRows(Method):
 
     name = "recursive"
     drives = driven(hops="auto", recursion="reasoning", ignore=())
+    cost_of = "a run of the base for every token of the reasoning and the target"
 
     def __init__(
         self,
@@ -94,6 +104,10 @@ class RecursiveRows(Method):
     def settings(self) -> dict[str, Any]:
         """The options and what else is to be noted."""
         return super().settings() | {"mass": self.mass} | self.noted
+
+    def cost(self, task: Task) -> float:
+        """A pass forward and back for every row: what a base takes for one is not known here, and gradients this."""
+        return _GRADIENT_COST * len(task.rows)
 
     def start(self, task: Task) -> Rows:
         """Every row once, then hops over the matrix."""
@@ -140,6 +154,10 @@ class _Matrix(Method):
         self.options, self.driving = self.Options(), Driving(**(dict(self.drives) | options))
         self._hops_asked = "hops" in options
         self.source, self.tokenizer = _MatrixSource(self.matrix.shape[1]), tokenizer
+
+    def cost(self, task: Task) -> float:
+        """No model is run."""
+        return 0.0
 
     def start(self, task: Task) -> Rows:
         """The rows of the tokens that may carry weight."""

@@ -21,7 +21,9 @@ from flashtrace_plugin.core.hessian.windows import Window, windows
 from flashtrace_plugin.core.recursion import Hop
 from flashtrace_plugin.errors import InputError, UnsupportedModelError
 from flashtrace_plugin.methods.base import Method
+from flashtrace_plugin.methods.cost import hops_ahead
 from flashtrace_plugin.methods.driver import Step
+from flashtrace_plugin.methods.heta.cost import HopCost
 from flashtrace_plugin.methods.heta.options import PRESETS, HETAOptions
 from flashtrace_plugin.methods.heta.terms import Cost, Curvature, Gate, Terms, WeightedTarget, gate, mask_vector
 from flashtrace_plugin.methods.options import driven, one_of
@@ -40,6 +42,11 @@ class HETA(Method):
     Options = HETAOptions
     drives = driven(hops=0, recursion="reasoning", ignore=())
     explains_steps = False  # its terms are scaled by the target's, and cost as much for each step as for a target
+    cost_of = (
+        "a masked text and, with curvature='full', as many products with the Hessian as there are probes for every "
+        "token before the target, and all of it again in every hop"
+    )
+    cheaper = ({"curvature": "low_rank"}, {"curvature": "low_rank", "rank": 16}, {"curvature": "gradient_squared"})
     options: HETAOptions
 
     def __init__(self, model: Any, tokenizer: Any = None, **options: Any) -> None:
@@ -63,6 +70,19 @@ class HETA(Method):
 
     def settings(self) -> dict[str, Any]:
         return super().settings() | {"mask_token": self.mask_token}
+
+    def cost(self, task: Task) -> float:
+        """All terms of the target, and of the reasoning in every hop."""
+        config = self.model.config.get_text_config()
+        depth = (self.options.last_layers or config.num_hidden_layers) / config.num_hidden_layers
+
+        def hop(n: int, last: int) -> float:
+            return HopCost(self.options, task, n, last, depth, config.hidden_size).total()
+
+        first = hop(task.target.start, int(task.chosen.nonzero()[-1]))
+        hops = hops_ahead(self, task)
+        reasoning = int(task.through.nonzero()[-1]) if hops else 0
+        return first + hops * hop(reasoning, reasoning)
 
     def start(self, task: Task) -> Step:
         """One forward pass for the gate; a hop computes all terms of its weighted target."""
