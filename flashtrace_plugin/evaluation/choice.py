@@ -221,12 +221,15 @@ _INTRODUCTION = """\
 # Which method is recommended, and how it was chosen
 
 `explain(model, tokenizer, prompt, generation)`, `Recommended` and the command line's default run `lrp` with
-`rule="attn"`, `reading="product"`, `context="generation"`, one hop and `sinks="drop"`. It was chosen on seed 0 (and
+`rule="attn"`, `reading="product"`, `context="generation"`, one hop and `sinks="report"`. It was chosen on seed 0 (and
 five other seeds of the reasoner) and is reported here on other ones; the weight of the embeddings in the product (1 or
 1/2) was settled after a first look at these. Where it is not the best: leave one out finds more on the reasoner, at a
-forward pass for every token; `lrp cp` has the higher recovery there; and on Gemma log P with the top fifth kept gains
-nothing over FlashTrace, although the evidence is found. Written by
-`python -m flashtrace_plugin.evaluation.choice page` on {date} from what `… choice measure` found for each model.
+forward pass for every token; `lrp cp` has the higher recovery there; on the English models RISE and MAS of the whole
+generation are better by FlashTrace through the prompt, at a quarter of the cost; and on Gemma that keeps more of log P
+with the top fifth of the prompt as well, where `recommended` gains next to nothing although it finds the evidence.
+The reasoner's curves delete in 20 steps, the others in 10. Written by
+`python -m flashtrace_plugin.evaluation.choice page` on {date} from what `… choice measure` found for each model; the
+costs were measured when nothing else ran.
 
 Recovery, AUROC, specificity (own share of the evidence's mass where a generation answers two questions; chance .5)
 and the log-probability with the top fifth of the prompt kept (nats) are better higher, RISE and MAS (deletion) lower;
