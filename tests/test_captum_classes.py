@@ -262,7 +262,7 @@ class TestRegisteredLater:
         assert flashtrace_captum.OneLook.get_name() == "One Look"
         assert str(inspect.signature(made)).replace("'", "") == (
             "(forward_func: Any, tokenizer: Any = None, *, ignore: Iterable[str | int] = (), "
-            "format: FormatChoice = None, max_cost: float | None = 2000, half_life: float = 4.0) -> None"
+            "format: FormatChoice = None, max_cost: float | None = 10000, half_life: float = 4.0) -> None"
         )
         assert list(inspect.signature(made.attribute).parameters)[-2:] == ["reasoning", "hops"]
         assert list(inspect.signature(flashtrace_captum.OneLook.attribute).parameters)[-1] == "reasoning"
