@@ -165,8 +165,8 @@ class Attribution(OfModel):
         part:  "prompt", whose mass is :attr:`scores`, or "reasoning", whose mass is :attr:`totals`
 
         What the chat template or the tokenizer put into the prompt is a unit of kind "template", contents outside of
-        the caller's units one of kind "rest". Raises InputError for units that overlap, cut a character or are not
-        there.
+        the caller's units one of kind "rest", and the mass of :attr:`sinks` that of one of kind "sinks". Raises
+        InputError for units that overlap, cut a character or are not there.
         """
         if part not in ("prompt", "reasoning"):
             raise InputError(f"part must be 'prompt' or 'reasoning', got {part!r}")
@@ -177,7 +177,7 @@ class Attribution(OfModel):
         if part == "prompt":
             contents = self.contents or (Content(0, len(text)),)
             found = find_units(units, self.tokens[: where.stop], contents, self.messages)
-            return score_units(found, self.tokens, self.scores)
+            return score_units(found, self.tokens, self.scores, sinks=self.sinks)
         found = find_units(units, self.tokens[: where.stop], (Content(begin, len(text)),))
         inside = [unit for unit in found if unit.ranges[-1][1] > begin]
         return score_units(inside, self.tokens, self.totals[where.slice], where.start)

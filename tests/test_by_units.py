@@ -239,3 +239,16 @@ def test_a_frame_and_a_dictionary(found):
     assert "top:" in repr(found.by("sentence"))
     with pytest.raises(InputError, match="by must be"):
         found.by("sentence").top(1, by="length")
+
+
+def test_the_mass_of_sinks_counts_for_none_of_the_units(found):
+    """Without a token that begins texts, the first word is the sink, and its sentence would take nearly all mass."""
+    told = replace(found, settings={**found.settings, "sink_positions": [0, 6]})
+    units, plain = told.by("word"), found.by("word")
+    assert units[len(units) - 1].unit.kind == "sinks" and not units[len(units) - 1].unit.content
+    assert units[len(units) - 1].score == pytest.approx(float(found.scores[[0, 6]].sum()), rel=1e-5)
+    assert float(units.scores.sum()) == pytest.approx(float(plain.scores.sum()), rel=1e-6)
+    assert float(units.tokens.sum()) == pytest.approx(len(found.prompt), rel=1e-6)
+    assert float(units.scores[:-1].sum()) < float(plain.scores.sum())
+    dropped = replace(told, scores=told.scores_without_sinks)
+    assert [one.unit for one in dropped.by("word")] == [one.unit for one in plain]

@@ -76,6 +76,8 @@ def graph_of_steps(method: Method, task: Task, asked: Asked, facts: dict[str, An
     Raises InputError for units that do not fit, and for more steps than ``max_units``.
     """
     tokens, where = asked.text.tokens, asked.where
+    # A sink would count for the unit that it stands in, and every step would rest on that.
+    task = replace(task, sinks="drop") if task.sinks == "report" else task
     sources = _sources(asked)
     steps = _steps(asked)
     own = _Owned.of(tokens, [*sources, *steps, _answer(tokens, where.target)], task.prompt_length)

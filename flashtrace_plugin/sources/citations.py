@@ -19,7 +19,7 @@ from flashtrace_plugin.methods.base import Method
 from flashtrace_plugin.sources.explainer import explainer
 from flashtrace_plugin.spans import Chars, Span
 from flashtrace_plugin.text import Prompt, TokenizedText, tokenize
-from flashtrace_plugin.units.scores import UnitScores
+from flashtrace_plugin.units.scores import SINKS, TEMPLATE, UnitScores
 from flashtrace_plugin.units.shares import unit_tokens
 from flashtrace_plugin.units.split import SPLITTERS, split
 from flashtrace_plugin.units.targets import Sentence
@@ -301,7 +301,7 @@ def _citation(
         )
         for i in order
     )
-    content = torch.tensor([unit.kind != "template" for unit in scored.units])
+    content = torch.tensor([unit.kind not in (TEMPLATE, SINKS) for unit in scored.units])
     mass, tokens = float(scored.scores[content].sum()), float(scored.tokens[content].sum())
     share = total / mass if mass else 0.0
     return Citation(

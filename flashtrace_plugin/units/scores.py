@@ -23,8 +23,8 @@ Units = Union[str, Splitter, Mapping[str, str], Sequence[Chars], "Sequence[Span]
 """Units by name, by a splitter, as named documents, or as ranges: of characters of the visible text as ``(start,
 stop)``, of token positions as :class:`~flashtrace_plugin.Span`."""
 
-TEMPLATE, REST = "template", "rest"
-"""Kinds of the units that hold what is no content, and what no unit of the caller's covers."""
+TEMPLATE, SINKS, REST = "template", "sinks", "rest"
+"""Kinds of the units that hold what is no content, what draws mass whatever the target, and what no unit covers."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class Unit:
 
     @property
     def content(self) -> bool:
-        """Whether somebody wrote it as content that was asked for: neither template nor rest."""
-        return self.kind not in (TEMPLATE, REST)
+        """Whether somebody wrote it as content that was asked for: neither template, nor sinks, nor rest."""
+        return self.kind not in (TEMPLATE, SINKS, REST)
 
     def __str__(self) -> str:
         return f"{self.name}: {self.text}" if self.name else self.text
@@ -60,7 +60,7 @@ class UnitScore:
     """One unit with its numbers.
 
     score:   mass of its tokens
-    share:   of the mass of all contents; nan for the template's unit, see :attr:`UnitScores.template_share`
+    share:   of the mass of all contents; nan for the template's unit and that of sinks, which explain nothing
     density: mass per token; long units have more mass because they are long
     """
 
@@ -90,21 +90,20 @@ class UnitScores:
 
     @cached_property
     def shares(self) -> Tensor:
-        """Mass relative to that of all contents; 0 where there is none, nan for the template's unit. result: [U]"""
-        template = self._template
-        total = self.scores[~template].sum()
+        """Mass relative to that of all contents; 0 where there is none, nan for template and sinks. result: [U]"""
+        outside = self._of_kind(TEMPLATE, SINKS)
+        total = self.scores[~outside].sum()
         shares = self.scores / total if total else torch.zeros_like(self.scores)
-        return shares.masked_fill(template, torch.nan)
+        return shares.masked_fill(outside, torch.nan)
 
     @property
     def template_share(self) -> float:
         """Share of all mass that lies on what the chat template or the tokenizer wrote, which explains nothing."""
         total = float(self.scores.sum())
-        return float(self.scores[self._template].sum()) / total if total else 0.0
+        return float(self.scores[self._of_kind(TEMPLATE)].sum()) / total if total else 0.0
 
-    @property
-    def _template(self) -> Tensor:
-        return torch.tensor([unit.kind == TEMPLATE for unit in self.units])
+    def _of_kind(self, *kinds: str) -> Tensor:
+        return torch.tensor([unit.kind in kinds for unit in self.units])
 
     def __len__(self) -> int:
         return len(self.units)
@@ -147,7 +146,7 @@ class UnitScores:
                 "text": one.unit.text,
                 "tokens": float(tokens),
                 "score": one.score,
-                "share": one.share if one.unit.kind != TEMPLATE else None,
+                "share": one.share if one.unit.kind not in (TEMPLATE, SINKS) else None,
                 "density": one.density,
             }
             for one, tokens in zip(self, self.tokens.tolist(), strict=True)
@@ -159,16 +158,25 @@ class UnitScores:
         return f"UnitScores({len(self)} units; top: {best})"
 
 
-def score_units(units: Sequence[Unit], tokens: Sequence[str], scores: Tensor, first: int = 0) -> UnitScores:
+def score_units(
+    units: Sequence[Unit], tokens: Sequence[str], scores: Tensor, first: int = 0, sinks: Sequence[int] = ()
+) -> UnitScores:
     """Adds up the scores [n] of the tokens from position ``first`` on. Every character must belong to a unit.
 
     tokens: pieces of the visible text, of which ``tokens[first : first + n]`` have scores
+    sinks:  positions whose mass is that of a unit of its own, whatever they stand in
     """
     # The later bytes of a character have no text of their own, and belong where it does.
     offsets = [(a if a < b else a - 1, b) for a, b in offsets_of(tokens)[first : first + len(scores)]]
     counted = torch.stack([scores.float().cpu(), torch.ones(len(scores), dtype=torch.float32)])
-    mass, count = unit_sums("".join(tokens), offsets, [unit.ranges for unit in units], counted)
-    return UnitScores(tuple(units), mass.float(), count.float())
+    drawn = torch.tensor([i - first for i in sinks], dtype=torch.long)
+    apart = counted[:, drawn].sum(1, keepdim=True)
+    text, ranges, drew = "".join(tokens), [unit.ranges for unit in units], bool(apart[0] > 0)  # not if dropped
+    sums = unit_sums(text, offsets, ranges, counted.index_fill(1, drawn, 0.0) if drew else counted).float()
+    if not drew:
+        return UnitScores(tuple(units), *sums)
+    own = _gathered(SINKS, text, [offsets[i] for i in drawn.tolist()])
+    return UnitScores((*units, own), *torch.cat([sums, apart], dim=1))
 
 
 def find_units(chosen: Units, tokens: Sequence[str], contents: Sequence[Content], messages: int = 0) -> list[Unit]:
