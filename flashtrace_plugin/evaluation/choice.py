@@ -228,8 +228,8 @@ forward pass for every token; `lrp cp` has the higher recovery there; on the Eng
 generation are better by FlashTrace through the prompt, at a quarter of the cost; and on Gemma that keeps more of log P
 with the top fifth of the prompt as well, where `recommended` gains next to nothing although it finds the evidence.
 The reasoner's curves delete in 20 steps, the others in 10. Written by
-`python -m flashtrace_plugin.evaluation.choice page` on {date} from what `… choice measure` found for each model; the
-costs were measured when nothing else ran.
+`python -m flashtrace_plugin.evaluation.choice page` on {date} from what `… choice measure` found for each model; costs
+are from one machine that other work may have kept busy.
 
 Recovery, AUROC, specificity (own share of the evidence's mass where a generation answers two questions; chance .5)
 and the log-probability with the top fifth of the prompt kept (nats) are better higher, RISE and MAS (deletion) lower;
