@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import pytest
 import torch
 
 from flashtrace_plugin import IFR, LRP, FlashTrace, InputError, Recommended, Span
+from flashtrace_plugin.core.recursion import Hop
 from flashtrace_plugin.methods import driver
 from tests.tiny import random_ids, tiny
 
@@ -56,3 +59,11 @@ def test_methods_that_do_not_measure_them_have_no_such_option(model):
         IFR(model, sinks="drop")
     with pytest.raises(InputError, match="sinks must be one of 'keep', 'report', 'drop'"):
         FlashTrace(model, sinks="hide")
+
+
+def test_what_a_token_of_the_spread_draws_for_itself_does_not_hide_a_sink():
+    """A product of readings may put nearly all mass on the one position that predicts one of the tokens asked for."""
+    task = Recommended(tiny("llama", seed=3))._task(IDS[None], 30, Span(31, 36), None, ExitStack())
+    stands = int(task.neutral.nonzero()[5, 0]) - 1
+    alpha = torch.full((40,), 1e-4).index_put((torch.tensor([0, stands]),), torch.tensor([0.1, 0.9]))
+    assert driver._sinks(Hop(alpha), task).nonzero()[:, 0].tolist() == [0]

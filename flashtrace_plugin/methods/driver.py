@@ -102,13 +102,19 @@ def _sinks(neutral: Hop, task: Task) -> Tensor:
     """Positions of the prompt that draw mass whatever the target, here for a spread of its own tokens. [N] bool
 
     A word can be what many tokens rest on, so only special tokens are taken for sinks, and the first token if it draws
-    more than all others together.
+    more than all others together. Special tokens are compared with all but the tokens of the spread and those before
+    them, which predict them: what these draw can be nearly all, and is for the one token alone.
     """
-    mass = neutral.alpha * (torch.arange(task.length) < task.prompt_length)
-    mass = mass / mass.sum() if mass.sum() > 0 else mass
-    candidates = task.special.clone()
-    candidates[0] |= bool(mass[0] > 0.5)
-    return candidates & (mass > SINK / task.prompt_length)
+    prompt = torch.arange(task.length) < task.prompt_length
+    mass = _shares(neutral.alpha * prompt)
+    first = (torch.arange(task.length) == 0) & (mass > 0.5)
+    asked = task.neutral | task.neutral.roll(-1)
+    others = _shares(neutral.alpha * (prompt & (task.special | ~asked)))
+    return (task.special & (others > SINK / task.prompt_length)) | (first & (mass > SINK / task.prompt_length))
+
+
+def _shares(mass: Tensor) -> Tensor:
+    return mass / mass.sum() if mass.sum() > 0 else mass
 
 
 def sink_facts(sinks: Tensor, first: Hop, task: Task) -> dict[str, Any]:
