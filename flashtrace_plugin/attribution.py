@@ -6,6 +6,7 @@ import json
 import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from flashtrace_plugin.core.flow.components import final_stream_shares
 from flashtrace_plugin.errors import InputError
+from flashtrace_plugin.saved import Saved, read_contents, read_saved, read_spans, short
 from flashtrace_plugin.spans import Span
 from flashtrace_plugin.units.contents import Content
 from flashtrace_plugin.units.scores import Units, UnitScores, find_units, score_units
@@ -226,22 +228,31 @@ class Attribution(OfModel):
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Attribution:
-        """The inverse of :meth:`to_dict`. Raises InputError for anything else."""
-        if data.get("format") != _FORMAT:
-            raise InputError(f"not an attribution: format is {data.get('format')!r}, expected {_FORMAT!r}")
-        later = [f.name for f in fields(cls) if f.default is not MISSING]  # files of earlier versions lack them
-        missing = [f.name for f in fields(cls) if f.name not in data and f.name not in later]
-        if missing:
-            raise InputError(f"the attribution lacks {', '.join(missing)}; was the file cut off?")
-        values = {f.name: data[f.name] for f in fields(cls) if f.name in data}
-        for name in _TENSORS:
-            values[name] = _tensor(values[name])
-        for name in ("prompt", "reasoning", "target"):
-            values[name] = None if values[name] is None else Span(*values[name])
-        values["components"] = {name: _tensor(value) for name, value in values["components"].items()}
-        values["tokens"], values["token_ids"] = tuple(values["tokens"]), tuple(values["token_ids"])
-        values["contents"] = tuple(Content(**one) for one in values.get("contents", ()))
-        return cls(**values)
+        """The inverse of :meth:`to_dict`. Raises InputError for anything else, such as fields that contradict."""
+        needed = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
+        saved = Saved.opened(data, "an attribution", _FORMAT, [*needed, "settings", "components"])
+        tokens = saved.texts("tokens")
+        spans = read_spans(saved, len(tokens))
+        hop_scores = saved.tensor("hop_scores", (None, len(tokens)))
+        prompt, hops = len(spans["prompt"]), len(hop_scores)
+        head_scores = saved.tensor("head_scores", (hops, None, None), least=-inf)
+        layers = head_scores.shape[1] or None  # a method without heads may still know layers
+        return cls(
+            scores=saved.tensor("scores", (prompt,)),
+            hop_scores=hop_scores,
+            reasoning_mass=saved.tensor("reasoning_mass", (hops,)),
+            head_scores=head_scores,
+            residual_shares=saved.tensor("residual_shares", (hops, layers), least=-inf),
+            mlp_shares=saved.tensor("mlp_shares", (hops, layers), least=-inf),
+            tokens=tokens,
+            token_ids=saved.ids("token_ids", len(tokens)),
+            **spans,
+            method=saved.text("method", data["method"]),
+            closure_error=saved.number("closure_error", 0.0),
+            settings=_read_settings(saved, prompt),
+            components=_read_components(saved, hops, len(tokens), len(spans["target"])),
+            **read_contents(saved, len("".join(tokens[:prompt]))),
+        )
 
     def save(self, path: str | Path) -> None:
         """Writes JSON. float32 numbers survive exactly, and :meth:`load` gives an equal object."""
@@ -250,16 +261,7 @@ class Attribution(OfModel):
     @classmethod
     def load(cls, path: str | Path) -> Attribution:
         """Reads what :meth:`save` wrote. Raises InputError for another kind of file."""
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise InputError(f"{path} is not JSON ({error}); expected a file written by Attribution.save") from error
-        if not isinstance(data, dict):
-            raise InputError(f"{path} holds no attribution; expected a file written by Attribution.save")
-        try:
-            return cls.from_dict(data)
-        except (TypeError, KeyError, AttributeError) as error:
-            raise InputError(f"{path} is not what Attribution.save writes ({error}); was it edited?") from error
+        return cls.from_dict(read_saved(path, "Attribution.save"))
 
     def to_html(self, path: str | Path) -> None:
         """Writes a report that opens in any browser without a network."""
@@ -292,9 +294,6 @@ def generation_rows(per_token: Tensor, target: Span, scores: Tensor) -> Tensor:
     return rows
 
 
-_TENSORS = ("scores", "hop_scores", "reasoning_mass", "head_scores", "residual_shares", "mlp_shares")
-
-
 def plain(value: Any) -> Any:
     """A value as JSON has it: spans and slices as ``[start, stop]``, and lists for all else that holds items."""
     if isinstance(value, Tensor):
@@ -309,10 +308,23 @@ def plain(value: Any) -> Any:
     return [plain(item) for item in value] if isinstance(value, Iterable) and not isinstance(value, str) else value
 
 
-def _tensor(value: Any) -> Tensor:
-    if isinstance(value, Mapping):
-        return torch.zeros(value["shape"], dtype=torch.float32)
-    return torch.tensor(value, dtype=torch.float32)
+def _read_settings(saved: Saved, prompt: int) -> dict[str, Any]:
+    """Settings; those that results are drawn by are checked."""
+    found = saved.plain("settings")
+    if "sink_positions" in found:
+        facts = Saved({"sink_share": None} | found, "settings")
+        facts.ids("sink_positions", stop=prompt)
+        facts.number("sink_share", 0.0)
+    return found
+
+
+def _read_components(saved: Saved, hops: int, length: int, target: int) -> dict[str, Tensor]:
+    """Components, which may hold numbers that are not finite; those that have a meaning here have their sizes."""
+    data = saved.mapping("components")
+    known = Saved(data, "components")
+    sizes = {"relevance": (length,), "per_token": (target, length), "edit_shares": (hops, None)}
+    fixed = {name: known.tensor(name, sizes[name], least=-inf) for name in sizes if name in data}
+    return {name: fixed[name] if name in fixed else known.numbers(short(name), data[name]) for name in data}
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -276,7 +276,7 @@ def test_json_and_table_have_all_numbers(tmp_path):
 @pytest.mark.parametrize("content", ["no json", "[1]", "{}", '{"format": "flashtrace-verification/1"}'])
 def test_foreign_files_are_refused(content, tmp_path):
     (tmp_path / "v.json").write_text(content)
-    with pytest.raises(InputError, match=r"not a verification|is not JSON"):
+    with pytest.raises(InputError, match=r"not a verification|is not JSON|holds a list|lacks unit, units"):
         Verification.load(tmp_path / "v.json")
 
 

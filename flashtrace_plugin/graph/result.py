@@ -15,6 +15,7 @@ from torch import Tensor
 from flashtrace_plugin.attribution import OfModel, plain
 from flashtrace_plugin.core.routes import all_routes, passing, widest_routes
 from flashtrace_plugin.errors import InputError
+from flashtrace_plugin.saved import Saved, read_saved, read_spans, short
 from flashtrace_plugin.spans import Span
 from flashtrace_plugin.units.scores import Unit, UnitScore, UnitScores
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from flashtrace_plugin.verify.run import VerifyOptions
 
 _FORMAT = "flashtrace-graph/1"
+_ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -233,21 +235,27 @@ class Graph(OfModel):
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Graph:
         """The inverse of :meth:`to_dict`. Raises InputError for anything else."""
-        if data.get("format") != _FORMAT:
-            raise InputError(f"not a graph of steps: format is {data.get('format')!r}, expected {_FORMAT!r}")
-        missing = [f.name for f in fields(cls) if f.name not in data and f.default_factory is MISSING]
-        if missing:
-            raise InputError(f"the graph lacks {', '.join(missing)}; was the file cut off?")
-        values = {f.name: data[f.name] for f in fields(cls) if f.name in data}
-        for name in ("shares", "inside", "outside", "tokens"):
-            values[name] = _float64(values[name])
-        for name in ("prompt", "reasoning", "target"):
-            values[name] = None if values[name] is None else Span(*values[name])
-        for name in ("sources", "steps"):
-            values[name] = tuple(_unit(one) for one in values[name])
-        values["answer"] = _unit(values["answer"])
-        values["pieces"], values["token_ids"] = tuple(values["pieces"]), tuple(values["token_ids"])
-        return cls(**values)
+        needed = [f.name for f in fields(cls) if f.default_factory is MISSING]
+        saved = Saved.opened(data, "a graph", _FORMAT, needed)
+        pieces = saved.texts("pieces")
+        length = len("".join(pieces))
+        sources, steps = (tuple(_unit(saved, n, one, length) for one in saved.items(n)) for n in ("sources", "steps"))
+        rows = len(steps) + 1
+        return cls(
+            sources=sources,
+            steps=steps,
+            answer=_unit(saved, "answer", data["answer"], length),
+            shares=_shares(saved, len(sources), rows),
+            inside=saved.tensor("inside", (rows,), torch.float64),
+            outside=saved.tensor("outside", (rows,), torch.float64),
+            tokens=saved.tensor("tokens", (len(sources) + rows,), torch.float64),
+            pieces=pieces,
+            token_ids=saved.ids("token_ids", len(pieces)),
+            **read_spans(saved, len(pieces)),
+            method=saved.text("method", data["method"]),
+            closure_error=saved.number("closure_error", 0.0),
+            settings=saved.plain("settings") if "settings" in data else {},
+        )
 
     def save(self, path: str | Path) -> None:
         """Writes JSON. Numbers survive exactly, and :meth:`load` gives an equal object."""
@@ -256,12 +264,7 @@ class Graph(OfModel):
     @classmethod
     def load(cls, path: str | Path) -> Graph:
         """Reads what :meth:`save` wrote. Raises InputError for another kind of file."""
-        try:
-            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise InputError(f"{path} is not JSON ({error}); expected a file written by Graph.save") from error
-        except (TypeError, KeyError, AttributeError) as error:
-            raise InputError(f"{path} is not what Graph.save writes ({error}); was it edited?") from error
+        return cls.from_dict(read_saved(path, "Graph.save"))
 
     def __repr__(self) -> str:
         best = ", ".join(f"{one.unit.text[:40]!r} {one.share:.1%}" for one in self.top(3))
@@ -269,11 +272,23 @@ class Graph(OfModel):
         return f"Graph({self.method}, {counts}, answer {self.answer.text[:40]!r}; top: {best})"
 
 
-def _float64(value: Any) -> Tensor:
-    if isinstance(value, Mapping):
-        return torch.zeros(value["shape"], dtype=torch.float64)
-    return torch.tensor(value, dtype=torch.float64)
+def _shares(saved: Saved, sources: int, rows: int) -> Tensor:
+    """What each step, and last the answer, rests on: nothing that comes after it, and no more than all of it."""
+    found = saved.tensor("shares", (rows, sources + rows - 1), torch.float64)
+    if bool(found[:, sources:].triu().any()):
+        raise saved.wrong("shares", "lets a step rest on itself or on a later one")
+    most = float(found.sum(1).max())
+    if most > 1 + _ROUNDING:
+        raise saved.wrong("shares", f"has a row that adds up to {most:.3g}, more than 1")
+    return found
 
 
-def _unit(value: Mapping[str, Any]) -> Unit:
-    return Unit(**{**value, "ranges": tuple((int(a), int(b)) for a, b in value["ranges"])})
+def _unit(saved: Saved, name: str, value: Any, length: int) -> Unit:
+    """A unit of a text of so many characters."""
+    if not isinstance(value, dict) or value.keys() != {f.name for f in fields(Unit)}:
+        raise saved.wrong(name, f"holds {short(value)}, not a unit")
+    kind, text, called = (saved.text(name, value[key]) for key in ("kind", "text", "name"))
+    message = None if value["message"] is None else saved.whole(name, value["message"])
+    inner = Saved(value, f"graph's {name}")
+    pairs = [Saved({"ranges": pair}, inner.what).ids("ranges", 2, length + 1) for pair in inner.items("ranges")]
+    return Unit(kind, text, tuple((a, b) for a, b in pairs), called, message)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from math import isnan
+from math import inf, isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from flashtrace_plugin.attribution import plain
-from flashtrace_plugin.errors import InputError
 from flashtrace_plugin.evaluation.metrics.detection import middle_ranks
+from flashtrace_plugin.saved import Saved, read_saved
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -151,13 +151,34 @@ class Verification:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Verification:
         """The inverse of :meth:`to_dict`. Raises InputError for anything else."""
-        missing = [f.name for f in fields(cls) if f.name not in data]
-        if data.get("format") != _FORMAT or missing:
-            raise InputError(
-                f"not a verification: format is {data.get('format')!r}, expected {_FORMAT!r}; it lacks "
-                f"{', '.join(missing) or 'nothing'}"
-            )
-        return cls(**{f.name: _read(str(f.type), data[f.name]) for f in fields(cls)})
+        saved = Saved.opened(data, "a verification", _FORMAT, [f.name for f in fields(cls)])
+        units = saved.texts("units")
+        u, f = len(units), len(saved.items("fractions"))
+        alone = saved.ids("alone", stop=u)
+        draws = len(saved.items("random_removed"))
+        if not u or not f or not draws:
+            raise saved.wrong("units" if not u else "fractions" if not f else "random_removed", "is empty")
+
+        def log_ps(name: str, *sizes: int) -> Tensor:
+            return saved.tensor(name, sizes, torch.float64, least=-inf)
+
+        return cls(
+            unit=saved.text("unit", data["unit"]),
+            units=units,
+            scores=log_ps("scores", u),
+            tokens=saved.ids("tokens", u),
+            watched=saved.text("watched", data["watched"]),
+            **{name: saved.number(name) for name in ("log_p", "target_log_p", "replaced_log_p")},
+            fractions=tuple(Saved({"fractions": x}, saved.what).number("fractions", 0.0) for x in data["fractions"]),
+            named=tuple(Saved({"named": x}, saved.what).ids("named", stop=u) for x in saved.items("named", f)),
+            removed=log_ps("removed", f),
+            kept=log_ps("kept", f),
+            random_removed=log_ps("random_removed", draws, f),
+            random_kept=log_ps("random_kept", draws, f),
+            alone=alone,
+            alone_removed=log_ps("alone_removed", len(alone)),
+            replacement=saved.whole("replacement", data["replacement"]),
+        )
 
     def save(self, path: str | Path) -> None:
         """Writes JSON, from which :meth:`load` gives the same numbers."""
@@ -166,11 +187,7 @@ class Verification:
     @classmethod
     def load(cls, path: str | Path) -> Verification:
         """Reads what :meth:`save` wrote. Raises InputError for another kind of file."""
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise InputError(f"{path} is not JSON ({error}); expected a file written by Verification.save") from error
-        return cls.from_dict(data if isinstance(data, dict) else {})
+        return cls.from_dict(read_saved(path, "Verification.save"))
 
     def to_frame(self) -> pd.DataFrame:
         """A row for each fraction: units, tokens, drop and share, log P with them kept, ranges of random ones."""
@@ -210,10 +227,3 @@ def _moves(drop: float, what: str) -> str:
     size = _nats(abs(drop))
     verb = "changes" if size == "0.0" else "raises" if drop < 0 else "lowers"
     return f"{verb} {what} by {size} nats"
-
-
-def _read(kind: str, value: Any) -> Any:
-    """A field from JSON by its type."""
-    if kind == "Tensor":
-        return torch.tensor(value, dtype=torch.float64)
-    return tuple(tuple(v) if isinstance(v, list) else v for v in value) if kind.startswith("tuple") else value
