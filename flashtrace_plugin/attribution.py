@@ -235,15 +235,14 @@ class Attribution(OfModel):
         spans = read_spans(saved, len(tokens))
         hop_scores = saved.tensor("hop_scores", (None, len(tokens)))
         prompt, hops = len(spans["prompt"]), len(hop_scores)
-        head_scores = saved.tensor("head_scores", (hops, None, None), least=-inf)
-        layers = head_scores.shape[1] or None  # a method without heads may still know layers
+        heads, residual, mlp = _read_shares(saved, hops)
         return cls(
             scores=saved.tensor("scores", (prompt,)),
             hop_scores=hop_scores,
             reasoning_mass=saved.tensor("reasoning_mass", (hops,)),
-            head_scores=head_scores,
-            residual_shares=saved.tensor("residual_shares", (hops, layers), least=-inf),
-            mlp_shares=saved.tensor("mlp_shares", (hops, layers), least=-inf),
+            head_scores=heads,
+            residual_shares=residual,
+            mlp_shares=mlp,
             tokens=tokens,
             token_ids=saved.ids("token_ids", len(tokens)),
             **spans,
@@ -306,6 +305,18 @@ def plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     return [plain(item) for item in value] if isinstance(value, Iterable) and not isinstance(value, str) else value
+
+
+def _read_shares(saved: Saved, hops: int) -> list[Tensor]:
+    """Shares of heads, residual stream and MLP; a method has those of all layers or none."""
+    sizes = {"head_scores": (hops, None, None), "residual_shares": (hops, None), "mlp_shares": (hops, None)}
+    found = [saved.tensor(name, size, least=-inf) for name, size in sizes.items()]
+    layers = {one.shape[1] for one in found if one.numel()}
+    if len(layers) > 1:
+        raise saved.wrong("head_scores", f"and the other shares are of {', '.join(map(str, layers))} layers")
+    if found[1].shape != found[2].shape:
+        raise saved.wrong("mlp_shares", f"is of {found[2].shape[1]} layers, residual_shares of {found[1].shape[1]}")
+    return found
 
 
 def _read_settings(saved: Saved, prompt: int) -> dict[str, Any]:

@@ -78,10 +78,13 @@ class Saved:
         return found
 
     def numbers(self, name: str, value: Any, dtype: torch.dtype = torch.float32) -> Tensor:
-        """A tensor of any sizes from nested lists; one without numbers is written as its shape."""
+        """A tensor of any sizes from nested lists, nan allowed; one without numbers is written as its shape."""
         try:
             if not isinstance(value, Mapping):
-                return torch.tensor(value, dtype=dtype)
+                found = torch.tensor(value, dtype=dtype)
+                if bool(found.isinf().any()):
+                    raise self.wrong(name, "holds numbers that are not finite")
+                return found
             shape = [self.whole(name, size, _MOST) for size in value["shape"]]
             if 0 not in shape:
                 raise self.wrong(name, f"has a shape {short(shape)} and no numbers")

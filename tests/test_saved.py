@@ -45,7 +45,8 @@ def used(result: object) -> None:
         console = Console(file=io.StringIO(), width=80)
         print_attribution(result, console=console)
         print_units(result.by("word"), console=console)
-        as_html(result).encode()
+        if not any(values.isnan().any() for values in result.components.values()):
+            as_html(result).encode()
     elif isinstance(result, Graph):
         assert result.lost.isfinite().all() and len(result.routes(2)) <= 2
         repr(result).encode()
