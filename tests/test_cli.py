@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from flashtrace_plugin import IFR, Attribution, FlashTrace, Span, __version__
+from flashtrace_plugin import IFR, Attribution, FlashTrace, Span, __version__, reasoner
+from flashtrace_plugin.cli import progress
 from flashtrace_plugin.cli.app import app
+from flashtrace_plugin.cli.inputs import in_flags
 from flashtrace_plugin.errors import InputError
 from flashtrace_plugin.loading import checked_device, load, write
 from flashtrace_plugin.models.read.layouts import supported_families
@@ -253,3 +259,149 @@ def test_devices():
     assert checked_device("cpu") == "cpu" and checked_device("cpu:0") == "cpu:0"
     with pytest.raises(InputError, match="device 'abacus' is not available"):
         checked_device("abacus")
+
+
+# What the model wrote ------------------------------------------------------------------------------------------------
+
+WRITES = ["--prompt", PROMPT, "--max-new-tokens", 5]
+
+
+def test_what_the_model_wrote_is_shown_and_kept_where_the_target_is_not_found(folder, loaded, tmp_path):
+    kept = tmp_path / "kept.txt"
+    result = call("attribute", "--model", folder, *WRITES, "--target", "banana", "--generation-out", kept)
+    expected = write(*loaded, PROMPT, 5).generation
+    assert result.exit_code == 2 and kept.read_text(encoding="utf-8") == expected
+    assert expected.split()[0] in result.stdout and f"--generation-file {kept}" in result.stderr
+
+
+def test_what_the_model_wrote_is_kept_without_being_asked_for(folder, loaded):
+    result = call("attribute", "--model", folder, *WRITES, "--target", "banana")
+    (path,) = re.findall(r"--generation-file (\S+)", result.stderr)
+    assert Path(path).read_text(encoding="utf-8") == write(*loaded, PROMPT, 5).generation
+    Path(path).unlink()
+
+
+def test_remedies_name_flags(folder):
+    cut = refused("attribute", "--model", folder, "--prompt", "x", "--generation", "<think>never")
+    assert "raise --max-new-tokens, or pass --target and --reasoning" in cut and "=..." not in cut
+    assert "'flashtrace-plugin tokens' lists" in refused("attribute", "--model", folder, *TEXTS, "--target", "attic")
+    flags = {"--hops", "--max-cost"}
+    assert (
+        in_flags("use hops='auto', or max_cost=None, or rank=3", flags)
+        == "use --hops auto, or --max-cost None, or rank=3"
+    )
+
+
+def test_a_foreign_text_for_the_bundled_model():
+    message = refused("attribute", "--prompt", "What is the capital of France?")
+    assert "does not know 'What', 'capital', 'of', 'France?'" in message and "? v12 think" in message
+    with pytest.raises(InputError, match="Paris"):
+        reasoner.check_words(reasoner.load()[1], "v12 Paris ; ? v12 think")
+
+
+def test_json_on_stdout_is_alone_there(folder, loaded, tmp_path):
+    result = call("attribute", "--model", folder, *WRITES, "--json", "-")
+    assert Attribution.from_dict(json.loads(result.stdout)).method == "recommended"
+    assert "Top tokens" in result.stderr and "The model wrote" in result.stderr
+    assert "to go to stdout" in refused("attribute", *TEXTS, "--json", "-", "--html", "-")
+    assert "stdin" in refused("attribute", "--prompt-file", "-", "--generation-file", "-")
+
+
+def test_unwritable_files_are_refused_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for path in (tmp_path / "file" / "a.json", tmp_path / ("x" * 300)):
+        assert "cannot write" in refused("attribute", *TEXTS, "--json", path)
+    assert (tmp_path / "file").read_text() == "x"
+
+
+def test_positions_are_listed(folder, loaded, tmp_path):
+    saved = tmp_path / "a.json"
+    assert call("attribute", "--model", folder, *TEXTS, "--json", saved).exit_code == 0
+    listed = call("tokens", "--model", folder, *TEXTS).stdout
+    assert listed == call("tokens", saved).stdout
+    found = Attribution.load(saved)
+    lines = [line.split() for line in listed.splitlines()]
+    assert len(lines) == len(found.tokens) and [int(line[0]) for line in lines] == list(range(len(lines)))
+    assert [int(line[0]) for line in lines if line[1] == "target"] == list(found.target)
+    cut = call("tokens", "--model", folder, "--prompt", "x", "--generation", "<think>never")
+    assert cut.exit_code == 0 and "no answer was found" in cut.stderr and "prompt" in cut.stdout
+
+
+# Terminals -----------------------------------------------------------------------------------------------------------
+
+
+def piped(*arguments, encoding, **environment):
+    command = [sys.executable, "-m", "flashtrace_plugin", *map(str, arguments)]
+    environment = os.environ | {"PYTHONIOENCODING": encoding} | environment
+    run = subprocess.run(command, check=False, capture_output=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.decode(encoding), run.stderr.decode(encoding)
+
+
+@pytest.fixture(scope="module")
+def saved(folder, tmp_path_factory):
+    path = tmp_path_factory.mktemp("saved") / "a.json"
+    assert call("attribute", "--model", folder, *TEXTS, "--json", path).exit_code == 0
+    return path
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_every_encoding_and_width(saved, encoding):
+    out, err = piped("show", saved, "--by", "word", encoding=encoding, COLUMNS="44")
+    assert not err and max(map(len, out.splitlines())) <= 44
+    assert {"ascii": "#", "cp1252": "#", "utf-8": "█"}[encoding] in out and "\\u" not in out
+
+
+def test_control_characters_of_a_file_never_reach_the_terminal(saved, tmp_path):
+    bad = "\x1b[2J\x9b\u202e"
+    data = json.loads(saved.read_text(encoding="utf-8"))
+    data |= {"method": bad, "tokens": [f"{bad}{token}" for token in data["tokens"]], "contents": []}
+    data["settings"] |= {bad: bad, "model": bad}
+    path = tmp_path / "bad.json"
+    path.write_text(json.dumps(data), encoding="utf-8")
+    for arguments in (["show", path, "--by", "word"], ["tokens", path]):
+        out = call(*arguments).output
+        assert "⟨U+202E⟩" in out and not {"\x1b", "\x9b", "\u202e"} & set(out)
+    data["format"] = bad
+    path.write_text(json.dumps(data), encoding="utf-8")
+    assert "\x1b" not in refused("show", path)
+
+
+def test_texts_that_are_none(folder, tmp_path):
+    half = tmp_path / "m.json"
+    half.write_text('[{"role": "user", "content": "\\ud800"}]', encoding="utf-8")
+    common = ["attribute", "--model", folder, "--generation", "x"]
+    assert "half of a surrogate pair" in refused(*common, "--messages-file", half)
+    half.write_text("[" + "7" * 5000 + "]", encoding="utf-8")
+    assert "is not JSON" in refused(*common, "--messages-file", half)
+    assert "is not UTF-8" in call(*common, "--prompt-file", "-", input=b"\xff").stderr
+    assert call(*common, "--prompt", "\udcff").exit_code == 2
+
+
+def test_progress_only_on_a_terminal(monkeypatch):
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    with progress.told() as tell:
+        tell("Loading")
+    assert not stream.getvalue()
+    monkeypatch.setattr(stream, "isatty", lambda: True, raising=False)
+    with progress.told() as tell:
+        count = progress.TokenCount(tell, 9)
+        for _ in range(4):
+            count.put(None)
+        count.end()
+    assert "The model writes: 3 of at most 9 tokens" in stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"), [("tok", "tokens"), ("attribute --method fl", "flashtrace"), ("show --by sen", "sentence")]
+)
+def test_shells_complete(words, expected):
+    line = f"flashtrace-plugin {words}"
+    asked = {
+        "_FLASHTRACE_PLUGIN_COMPLETE": "complete_bash",
+        "COMP_WORDS": line,
+        "COMP_CWORD": str(len(line.split()) - 1),
+    }
+    result = CliRunner().invoke(app, [], prog_name="flashtrace-plugin", env=asked)
+    assert result.stdout.split() == [expected]

@@ -1,10 +1,14 @@
-"""The command line: ``flashtrace-plugin attribute``, ``cite``, ``blame``, ``show``, ``methods`` and ``families``.
+"""The command line: ``flashtrace-plugin`` with ``attribute``, ``tokens``, ``cite``, ``blame``, ``show`` and others.
 
 torch and transformers are imported by the commands that need them, so that ``--help`` answers at once.
 """
 
 from __future__ import annotations
 
+import errno
+import os
+import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,34 +16,51 @@ import typer
 from typer.core import TyperGroup
 
 from flashtrace_plugin import __version__
-from flashtrace_plugin.cli.attribute import attribute_command
-from flashtrace_plugin.cli.output import BY, OUTPUT, deliver
+from flashtrace_plugin.cli.attribute import attribute_command, tokens_command
+from flashtrace_plugin.cli.inputs import in_flags
+from flashtrace_plugin.cli.options import ByOption, HtmlOption, TopOption
+from flashtrace_plugin.cli.output import deliver, use_any_terminal
 from flashtrace_plugin.cli.sources import blame_command, cite_command
 from flashtrace_plugin.errors import FlashTraceError
 
 
 class _Group(TyperGroup):
-    """Tells errors about the input in one line, with exit code 2, as typer does for its own."""
+    """Tells errors and warnings in one line; errors about the input have exit code 2, as typer's own."""
 
     def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except FlashTraceError as error:
-            typer.echo(f"error: {' '.join(str(error).split())}", err=True)
-            raise typer.Exit(2) from error
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: self._tell(ctx, "warning", message)
+            try:
+                return super().invoke(ctx)
+            except FlashTraceError as error:
+                self._tell(ctx, "error", error)
+                raise typer.Exit(2) from error
+            except OSError as error:
+                if error.errno == errno.EPIPE:
+                    raise
+                self._tell(ctx, "error", error)
+                raise typer.Exit(2) from error
+
+    def _tell(self, ctx: Any, kind: str, what: object) -> None:
+        """One line on stderr, in the words of the command line."""
+        command = self.commands.get(ctx.invoked_subcommand or "")
+        flags = {name for one in command.params for name in one.opts} if command else set()
+        typer.echo(f"{kind}: {in_flags(' '.join(str(what).split()), flags)}", err=True)
 
 
 app = typer.Typer(
     cls=_Group,
     help="Which words of the prompt caused a reasoning model's answer.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_show_locals=False,
 )
 
 
 def main() -> None:
     """Entry point of the console script."""
+    use_any_terminal()
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of transformers, as our own line
     app()
 
 
@@ -62,6 +83,7 @@ def _options(
 app.command("attribute", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
     attribute_command()
 )
+app.command("tokens")(tokens_command)
 app.command("cite")(cite_command)
 app.command("blame")(blame_command)
 
@@ -69,9 +91,9 @@ app.command("blame")(blame_command)
 @app.command()
 def show(
     saved: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="File written by --json.")],
-    top: Annotated[int, typer.Option(min=1, help="Tokens to print.")] = 10,
-    html_path: Annotated[Path | None, typer.Option("--html", help="Write a report.", **OUTPUT)] = None,
-    by: Annotated[str | None, typer.Option(**BY)] = None,
+    top: TopOption = 10,
+    html_path: HtmlOption = None,
+    by: ByOption = None,
 ) -> None:
     """Print a saved attribution, or turn it into a report."""
     from flashtrace_plugin.attribution import Attribution

@@ -1,22 +1,27 @@
-"""``flashtrace-plugin attribute``: one answer explained. The flags of the driver come from its declaration."""
+"""``flashtrace-plugin attribute`` and ``tokens``: one answer explained, and the positions of its tokens.
+
+The flags of the driver come from its declaration.
+"""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from flashtrace_plugin.cli import options as o
 from flashtrace_plugin.cli.inputs import only, read_file, read_prompt, read_span, typed, typed_options
-from flashtrace_plugin.cli.output import BY, OUTPUT, deliver
-from flashtrace_plugin.errors import CostError, InputError
+from flashtrace_plugin.cli.output import console_beside, deliver, kept, print_text
+from flashtrace_plugin.cli.progress import TokenCount, told
+from flashtrace_plugin.errors import CostError, InputError, SpanError
 from flashtrace_plugin.methods.options import Driving, declared, one_of
 
-_MODEL: dict[str, Any] = {"rich_help_panel": "Model"}
-_TEXT: dict[str, Any] = {"rich_help_panel": "Text"}
-_METHOD: dict[str, Any] = {"rich_help_panel": "Method"}
+if TYPE_CHECKING:
+    from flashtrace_plugin.text import Prompt, TokenizedText
 
 
 def attribute_command() -> Callable[..., None]:
@@ -27,7 +32,7 @@ def attribute_command() -> Callable[..., None]:
             one.name,
             inspect.Parameter.KEYWORD_ONLY,
             default=None,
-            annotation=Annotated[str | None, typer.Option(help=_help(one.help, one.choices), **_METHOD)],
+            annotation=Annotated[str | None, typer.Option(help=_help(one.help, one.choices), **o.METHOD)],
         )
         for one in declared(Driving)
     ]
@@ -49,126 +54,152 @@ def _help(text: str, choices: tuple[Any, ...] | None) -> str:
 
 def attribute(
     ctx: typer.Context,
-    model: Annotated[
-        str, typer.Option(help="Folder, hub name or .gguf file; 'reasoner' is the bundled model.", **_MODEL)
-    ] = "reasoner",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.", **_MODEL)] = "auto",
-    device: Annotated[
-        str | None, typer.Option(help="As torch names it; default: an accelerator, or cpu.", **_MODEL)
-    ] = None,
-    attn_implementation: Annotated[
-        str | None, typer.Option(help="As transformers names it, such as sdpa.", **_MODEL)
-    ] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.", **_MODEL)
-    ] = False,
-    allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Also read weights that can run code.", **_MODEL)
-    ] = False,
-    prompt: Annotated[str | None, typer.Option(help="The prompt.", **_TEXT)] = None,
-    prompt_file: Annotated[
-        Path | None, typer.Option(help="File with the prompt, read as it is; - is stdin.", **_TEXT)
-    ] = None,
-    messages_file: Annotated[
-        Path | None,
-        typer.Option(help='JSON file with chat messages, [{"role": "user", "content": "…"}, …].', **_TEXT),
-    ] = None,
-    generation: Annotated[
-        str | None,
-        typer.Option(help="What followed the prompt, thinking included; default: let the model write.", **_TEXT),
-    ] = None,
-    generation_file: Annotated[Path | None, typer.Option(help="File with it, read as it is.", **_TEXT)] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option(min=1, help="Most tokens that the model writes, greedily.", **_TEXT)
-    ] = 512,
-    target: Annotated[
-        str | None,
-        typer.Option(
-            help="What to explain: a piece of the generation, or token positions a:b; default: the answer.",
-            **_TEXT,
-        ),
-    ] = None,
-    reasoning: Annotated[
-        str | None,
-        typer.Option(help="What to follow importance through, given likewise; default: the thinking.", **_TEXT),
-    ] = None,
-    method: Annotated[
-        str, typer.Option(help="Name of a method; 'flashtrace-plugin methods' lists them.", **_METHOD)
-    ] = "recommended",
-    option: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--option",
-            "-o",
-            metavar="NAME=VALUE",
-            help="Any option of the method; may be repeated. --NAME VALUE does the same.",
-            **_METHOD,
-        ),
-    ] = None,
-    yes: Annotated[
-        bool,
-        typer.Option(
-            "--yes", help="Run what takes more than --max-cost, too, and tell the estimate first.", **_METHOD
-        ),
-    ] = False,
-    top: Annotated[int, typer.Option(min=1, help="Tokens to print.", rich_help_panel="Output")] = 10,
-    by: Annotated[str | None, typer.Option(**BY)] = None,
-    json_path: Annotated[
-        Path | None, typer.Option("--json", help="Save the attribution; 'show' reads it.", **OUTPUT)
-    ] = None,
-    html_path: Annotated[Path | None, typer.Option("--html", help="Write a report.", **OUTPUT)] = None,
-    verify: Annotated[
-        bool,
-        typer.Option(
-            "--verify",
-            help="Replace what is named in the prompt, and tell how far log P falls.",
-            rich_help_panel="Output",
-        ),
-    ] = False,
-    verify_unit: Annotated[
-        str | None,
-        typer.Option(help="The same by 'word', 'step', 'paragraph' …; default: 'sentence'.", rich_help_panel="Output"),
-    ] = None,
+    model: o.ModelOption = "reasoner",
+    dtype: o.DtypeOption = "auto",
+    device: o.DeviceOption = None,
+    attn_implementation: o.AttentionOption = None,
+    trust_remote_code: o.RemoteCodeOption = False,
+    allow_pickle: o.PickleOption = False,
+    prompt: o.PromptOption = None,
+    prompt_file: o.PromptFileOption = None,
+    messages_file: o.MessagesOption = None,
+    generation: o.GenerationOption = None,
+    generation_file: o.GenerationFileOption = None,
+    max_new_tokens: o.NewTokensOption = 512,
+    target: o.TargetOption = None,
+    reasoning: o.ReasoningOption = None,
+    method: o.MethodOption = "recommended",
+    option: o.SettingOption = None,
+    yes: o.YesOption = False,
+    top: o.TopOption = 10,
+    by: o.ByOption = None,
+    json_path: o.JsonOption = None,
+    html_path: o.HtmlOption = None,
+    generation_out: o.GenerationOutOption = None,
+    verify: o.VerifyOption = False,
+    verify_unit: o.VerifyUnitOption = None,
     **driving: Any,
 ) -> None:
     """Explain a model's answer by its prompt.
 
-    Prints the strongest tokens of the prompt and where each hop's mass lies.
+    Prints what the model wrote, the strongest tokens of the prompt and where each hop's mass lies. What stands as
+    --NAME VALUE and is no option here is one of the method.
     """
-    from flashtrace_plugin.loading import DTYPES, load, write
     from flashtrace_plugin.methods.registry import METHODS
-    from flashtrace_plugin.text import tokenize
 
-    asked = read_prompt(prompt, prompt_file, messages_file)
-    written = only("--generation", generation, "--generation-file", read_file(generation_file))
+    console = console_beside(json_path, html_path, generation_out)
+    asked, written = _given(prompt, prompt_file, messages_file, generation, generation_file)
     cls = METHODS[one_of("--method", method, METHODS)]
     flags = {name: typed(value) for name, value in driving.items() if value is not None}
-    options = _options_of(cls, flags | typed_options(option or [], ctx.args))
-    lm, tokenizer = load(
-        model,
-        dtype=one_of("--dtype", dtype, DTYPES),
-        device=device,
-        attn_implementation=attn_implementation,
-        trust_remote_code=trust_remote_code,
-        allow_pickle=allow_pickle,
-    )
-    explain = cls(lm, tokenizer, **options)
-    text = (
-        write(lm, tokenizer, asked, max_new_tokens)
-        if written is None
-        else tokenize(tokenizer, asked, written, explain.end_ids())
-    )
+    chosen = _options_of(cls, flags | typed_options(option or [], ctx.args))
     where = {"target": read_span(target), "reasoning": read_span(reasoning)}
-    try:
-        found = explain.attribute_text(text, **where)
-    except CostError as error:
-        if not yes:
-            raise
-        typer.echo(error.estimate, err=True)
-        found = cls(lm, tokenizer, **options | {"max_cost": None}).attribute_text(text, **where)
+    how = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
+    with told() as tell:
+        lm, tokenizer = _loaded(tell, model, dtype, device, allow_pickle=allow_pickle, **how)
+        explain = cls(lm, tokenizer, **chosen)
+        text = _text(tell, model, lm, tokenizer, asked, written, max_new_tokens)
+    if written is None:
+        print_text(console, text.generation, "The model wrote")
+    with kept(text.generation, generation_out) if written is None else nullcontext(), told() as tell:
+        tell(f"Explaining by {method}: {len(text.tokens)} tokens")
+        try:
+            found = explain.attribute_text(text, **where)
+        except CostError as error:
+            if not yes:
+                raise
+            typer.echo(error.estimate, err=True)
+            found = cls(lm, tokenizer, **chosen | {"max_cost": None}).attribute_text(text, **where)
+        verdict = None
+        if verify or verify_unit is not None:
+            tell("Replacing what is named, to verify it")
+            verdict = found.verify(unit=verify_unit or "sentence")
     deliver(found, top, json_path, html_path, by)
-    if verify or verify_unit is not None:
-        typer.echo(f"\n{found.verify(unit=verify_unit or 'sentence')}")
+    if verdict is not None:
+        console.print()
+        print_text(console, str(verdict))
+
+
+def tokens_command(
+    saved: Annotated[
+        Path | None, typer.Argument(exists=True, dir_okay=False, help="File written by --json, or give a text.")
+    ] = None,
+    model: o.ModelOption = "reasoner",
+    prompt: o.PromptOption = None,
+    prompt_file: o.PromptFileOption = None,
+    messages_file: o.MessagesOption = None,
+    generation: o.GenerationOption = None,
+    generation_file: o.GenerationFileOption = None,
+    max_new_tokens: o.NewTokensOption = 512,
+) -> None:
+    """List the tokens of a text with their positions, for --target a:b and --reasoning a:b."""
+    from flashtrace_plugin.attribution import Attribution
+    from flashtrace_plugin.loading import load
+    from flashtrace_plugin.spans import Span
+
+    if saved is not None:
+        known = Attribution.load(saved)
+        _list_tokens(known.tokens, known.prompt, known.reasoning, known.target)
+        return
+    asked, written = _given(prompt, prompt_file, messages_file, generation, generation_file)
+    with told() as tell:
+        tell(f"Loading {model}")
+        lm, tokenizer = load(model)
+        text = _text(tell, model, lm, tokenizer, asked, written, max_new_tokens)
+    target = reasoning = None
+    try:
+        target, reasoning = text.locate(None, None)
+    except SpanError as error:
+        typer.echo(f"no answer was found: {error}", err=True)
+    _list_tokens(text.tokens, Span(0, text.prompt_length), reasoning, target)
+
+
+def _list_tokens(tokens: tuple[str, ...], prompt: Any, reasoning: Any, target: Any) -> None:
+    """A line for each token: position, part, token."""
+    from flashtrace_plugin.report.marks import in_table
+
+    parts = {"prompt": prompt, "reasoning": reasoning, "target": target}
+    for i, token in enumerate(tokens):
+        part = next((name for name, span in parts.items() if span is not None and i in span), "")
+        typer.echo(f"{i:6d}  {part:9s}  {in_table(token)}")
+
+
+def _given(
+    prompt: str | None,
+    prompt_file: Path | None,
+    messages_file: Path | None,
+    generation: str | None,
+    generation_file: Path | None,
+) -> tuple[Prompt, str | None]:
+    """The prompt, and the generation if there is one. Raises InputError where two of them are to come from stdin."""
+    files = [path for path in (prompt_file, messages_file, generation_file) if path is not None]
+    if [str(path) for path in files].count("-") > 1:
+        raise InputError("two texts were to come from stdin, which can be read once; give one as a file")
+    asked = read_prompt(prompt, prompt_file, messages_file)
+    return asked, only("--generation", generation, "--generation-file", read_file(generation_file))
+
+
+def _loaded(tell: Callable[[str], None], model: str, dtype: str, device: str | None, **how: Any) -> tuple[Any, Any]:
+    from flashtrace_plugin.loading import DTYPES, load
+
+    one_of("--dtype", dtype, DTYPES)
+    tell(f"Loading {model}")
+    return load(model, dtype=dtype, device=device, **how)
+
+
+def _text(
+    tell: Callable[[str], None], model: str, lm: Any, tokenizer: Any, asked: Prompt, written: str | None, most: int
+) -> TokenizedText:
+    """The tokens of prompt and generation; the model writes one where there is none."""
+    from flashtrace_plugin import reasoner
+    from flashtrace_plugin.loading import REASONER, write
+    from flashtrace_plugin.text import end_ids, render, tokenize
+
+    if model == REASONER and asked:
+        reasoner.check_words(tokenizer, f"{render(tokenizer, asked)[0]} {written or ''}")
+    if written is None:
+        return write(lm, tokenizer, asked, most, streamer=TokenCount(tell, most))
+    ends = end_ids(tokenizer, lm.config.get_text_config(), lm.generation_config)
+    return tokenize(tokenizer, asked, written, ends)
 
 
 def _options_of(cls: Any, options: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ def read_prompt(prompt: str | None, prompt_file: Path | None, messages_file: Pat
 def _messages(text: str, path: Path) -> Prompt:
     try:
         messages = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON ({error}); it must hold a list of chat messages") from error
     if not isinstance(messages, list) or not messages:
         raise InputError(f'{path} holds no chat messages; write [{{"role": "user", "content": "…"}}, …]')
@@ -77,7 +77,7 @@ def typed(value: str) -> Any:
     """A value is read as JSON, and as plain text if it is none."""
     try:
         return json.loads(value)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # no JSON, or more digits or levels than Python reads
         return value
 
 
@@ -93,3 +93,30 @@ def _as_pairs(extra: list[str]) -> list[str]:
             raise InputError(f"the option {flag} has no value; write {flag} VALUE")
         pairs.append(f"{name.replace('-', '_')}={value if equals else extra.pop(0)}")
     return pairs
+
+
+_IN_FLAGS = (
+    ("a Span of token positions", "token positions a:b, which 'flashtrace-plugin tokens' lists"),
+    ("pass a Span instead", "pass token positions a:b, which 'flashtrace-plugin tokens' lists"),
+    ("pass the spans to choose others", "give --target and --reasoning to choose others"),
+    ("generate more tokens", "raise --max-new-tokens"),
+    ("give a generation instead", "give --generation instead"),
+)
+"""What messages of the Python API say, and what it is on the command line."""
+
+
+def in_flags(message: str, flags: Collection[str]) -> str:
+    """A message of the Python API in the words of a command: ``target=...`` is ``--target``.
+
+    flags: those that the command has
+    """
+
+    def flag(found: re.Match[str]) -> str:
+        name, value = found.groups()
+        known = f"--{name.replace('_', '-')}"
+        given = "" if value in ("", "...") else f" {value.strip(chr(39))}"
+        return f"{known}{given}" if known in flags else found.group()
+
+    for python, here in _IN_FLAGS:
+        message = message.replace(python, here)
+    return re.sub(r"\b([a-z_]+)=(\.\.\.|'[^']*'|[\w.]*)", flag, message)

@@ -9,13 +9,14 @@ reasoner.final_answer(text) == sample.answer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flashtrace_plugin.errors import InputError
 from flashtrace_plugin.evaluation.tasks import Sample
 from flashtrace_plugin.evaluation.tasks.vocabulary import THINK_CLOSE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
-__all__ = ["answer", "final_answer", "load", "path"]
+__all__ = ["answer", "check_words", "final_answer", "load", "path"]
 
 
 def path() -> Path:
@@ -33,6 +34,19 @@ def load(weights: Path | None = None) -> "tuple[Qwen3ForCausalLM, PreTrainedToke
     folder = path() if weights is None else weights
     model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
     return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def check_words(tokenizer: Any, text: str) -> None:
+    """Raises InputError for words that the bundled model does not know: it would explain an answer to another text."""
+    known = tokenizer.get_vocab()
+    unknown = list(dict.fromkeys(word for word in text.split() if word not in known))
+    if unknown:
+        raise InputError(
+            f"the bundled model does not know {', '.join(map(repr, unknown[:5]))}"
+            f"{f' and {len(unknown) - 5} more words' if len(unknown) > 5 else ''}: it speaks statements about v0 to "
+            "v99 and numbers 0 to 99, with spaces between words and a question at the end, such as 'v12 v7 ; v3 41 ; "
+            "v7 84 ; ? v12 think'. For other texts choose a model: --model, or from_pretrained"
+        )
 
 
 def answer(model: Any, tokenizer: Any, sample: Sample | str) -> str:

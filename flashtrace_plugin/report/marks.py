@@ -23,6 +23,11 @@ def in_text(token: str) -> Markup:
     return Markup("").join(_MARKED.get(c) or escape(c) for c in token.translate(_VISIBLE))
 
 
+def visible(text: str) -> str:
+    """The text with line breaks and tabs, and a visible character for all else that could act on a terminal."""
+    return text.translate(_VISIBLE)
+
+
 def one_line(text: str) -> str:
     """The text with characters for line breaks and tabs."""
     return text.translate(_VISIBLE).replace("\n", "↵").replace("\t", "⇥")

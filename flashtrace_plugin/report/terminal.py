@@ -12,7 +12,7 @@ from rich.text import Text
 from flashtrace_plugin.attribution import Attribution
 from flashtrace_plugin.report.advice import advice
 from flashtrace_plugin.report.flow import PARTS, hop_rows
-from flashtrace_plugin.report.marks import percent, shorten
+from flashtrace_plugin.report.marks import one_line, percent, shorten
 from flashtrace_plugin.report.tokens import TopRow, signed, top_rows
 from flashtrace_plugin.units.scores import UnitScores
 
@@ -28,6 +28,8 @@ _UNIT_COLUMNS: tuple[_Column, ...] = (
 )
 _BESIDE_UNIT = 48
 _SIGN: _Column = ("sign", "right")
+_KNOWN: _Column = ("evidence", "left")
+_EVIDENCE, _LEAST_AROUND = 9, 4
 _COLUMNS: tuple[_Column, ...] = (
     ("position", "right"),
     ("", "right"),
@@ -79,21 +81,24 @@ def _headline(attribution: Attribution) -> Text:
     reasoning = "no reasoning" if attribution.reasoning is None else f"reasoning {attribution.reasoning}"
     target = shorten(attribution.text(attribution.target).strip(), 60)
     facts = f"prompt {attribution.prompt}, {reasoning}, target {attribution.target}"
-    return Text.assemble((attribution.method, "bold"), ": what led to ", (repr(target), "bold"), f"\n{facts}")
+    method = one_line(attribution.method)
+    return Text.assemble((method, "bold"), ": what led to ", (repr(target), "bold"), f"\n{facts}")
 
 
 def _top_table(attribution: Attribution, count: int, evidence: Mapping[int, str], width: int = 80) -> Table:
     """The strongest tokens of the prompt, each between its neighbours, in a table of at most ``width`` columns."""
     signs = signed(attribution)
     table = Table(title="Top tokens of the prompt", title_justify="left", box=None, pad_edge=False)
-    for name, justify in [*_COLUMNS[:4], *[_SIGN] * signs, *_COLUMNS[4:]]:
-        table.add_column(name, justify=justify, no_wrap=True)
-    if evidence:
-        table.add_column("evidence")
-    around = min(30, (width - _FIXED - (len(_SIGN[0]) + 1) * signs) // 2)
+    around = min(30, (width - _FIXED - (len(_SIGN[0]) + 1) * signs - _EVIDENCE * bool(evidence)) // 2)
+    columns = [*_COLUMNS[:4], *[_SIGN] * signs, *_COLUMNS[4:], *[_KNOWN] * bool(evidence)]
+    # A narrow terminal keeps what has a name.
+    shown = [i for i, (name, _) in enumerate(columns) if name or around >= _LEAST_AROUND]
+    for i in shown:
+        table.add_column(columns[i][0], justify=columns[i][1], no_wrap=True)
     for row in top_rows(attribution, evidence.keys(), count):
         sign, known = [row.sign] * signs, [evidence.get(row.position, "")] * bool(evidence)
-        table.add_row(*_named(row, around), *sign, *_measured(row), *known)
+        cells = [*_named(row, max(1, around)), *sign, *_measured(row), *known]
+        table.add_row(*(cells[i] for i in shown))
     return table
 
 
