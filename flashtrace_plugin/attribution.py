@@ -21,6 +21,7 @@ from flashtrace_plugin.units.contents import Content
 from flashtrace_plugin.units.scores import Units, UnitScores, find_units, score_units
 
 if TYPE_CHECKING:
+    import pandas as pd
     from typing_extensions import Unpack
 
     from flashtrace_plugin.verify import Verification
@@ -261,6 +262,39 @@ class Attribution(OfModel):
     def load(cls, path: str | Path) -> Attribution:
         """Reads what :meth:`save` wrote. Raises InputError for another kind of file."""
         return cls.from_dict(read_saved(path, "Attribution.save"))
+
+    def to_frame(self) -> pd.DataFrame:
+        """A row for each position: token, part, score (nan behind the prompt), total, sink, and hop_0 … hop_K.
+
+        Raises InputError without pandas.
+        """
+        try:
+            import pandas as pd
+        except ImportError as error:
+            raise InputError("to_frame() needs pandas; pip install 'flashtrace-plugin[evaluation]'") from error
+        count = len(self.tokens)
+        spans = {"prompt": self.prompt, "reasoning": self.reasoning, "target": self.target}
+        part = [next((n for n, span in spans.items() if span is not None and i in span), "") for i in range(count)]
+        columns: dict[str, Any] = {
+            "token": self.tokens,
+            "part": part,
+            "score": [*self.scores.tolist(), *[float("nan")] * (count - len(self.scores))],
+            "total": self.totals.tolist(),
+            "sink": [i in self.sinks for i in range(count)],
+        }
+        hops = {f"hop_{k}": values.tolist() for k, values in enumerate(self.hop_scores)}
+        return pd.DataFrame(columns | hops).rename_axis("position")
+
+    def plot(self, kind: str = "text", *, ax: Any = None) -> Any:
+        """A small figure by matplotlib: along the "text", of the "hops" or of the "heads" by layer. result: its axes
+
+        ax: axes to draw into; by default those of a new figure
+
+        Raises InputError for another kind, without matplotlib, and for heads of a method that has none.
+        """
+        from flashtrace_plugin.report.plots import plot
+
+        return plot(self, kind, ax=ax)
 
     def to_html(self, path: str | Path) -> None:
         """Writes a report that opens in any browser without a network."""

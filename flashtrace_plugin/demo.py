@@ -7,21 +7,22 @@ from __future__ import annotations
 
 import argparse
 import textwrap
+from math import log
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from torch import Tensor
 
 from flashtrace_plugin import reasoner
 from flashtrace_plugin.attribution import Attribution
+from flashtrace_plugin.cli.output import use_any_terminal
 from flashtrace_plugin.evaluation import tasks
 from flashtrace_plugin.evaluation.tasks import Sample
-from flashtrace_plugin.report.flow import hop_rows
 from flashtrace_plugin.report.marks import percent
 
 HOPS = 4
-SEED = 0
+SEED = 1
+_SOURCES = 5
 LENGTH = 128
 _CALL = f"""\
 import flashtrace_inseq, inseq
@@ -41,12 +42,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--html", type=Path, default=Path("demo.html"), help="the report (default: %(default)s)")
     given = parser.parse_args(arguments)
     sample = tasks.make("variable_tracking", given.seed, hops=HOPS, chains=3, length=LENGTH)
+    use_any_terminal()
     console = Console(highlight=False, markup=False)
     attribution = explained(sample)
-    console.print(_CALL, style="dim")
     tell(sample, attribution, console)
+    console.print("\n\nThe same in Python, through Inseq", style="bold")
+    console.print(f"\n{textwrap.indent(_CALL, '  ')}", style="dim")
     _write_report(sample, attribution, given.html)
-    console.print(f"\nReport: {given.html.absolute().as_uri()}", soft_wrap=True)
+    console.print(f"Report: {given.html.absolute().as_uri()}", soft_wrap=True)
 
 
 def explained(sample: Sample) -> Attribution:
@@ -64,24 +67,57 @@ def explained(sample: Sample) -> Attribution:
 
 
 def tell(sample: Sample, attribution: Attribution, console: Console) -> None:
-    """Prints question, reasoning, answer, tokens, hops, and how much of the evidence was found."""
-    from flashtrace_plugin.report import terminal
-
-    reasoning = "none" if attribution.reasoning is None else attribution.text(attribution.reasoning)
+    """Prints question, thinking, answer, the sentences that led to it, and how that was checked."""
+    thinking = "nothing" if attribution.reasoning is None else attribution.text(attribution.reasoning)
     answer = attribution.text(attribution.target).strip()
     verdict = "right" if answer == sample.answer else f"wrong, it is {sample.answer}"
-    for name, text in (("Prompt", sample.prompt), ("Reasoning", reasoning), ("Answer", f"{answer} ({verdict})")):
-        console.print(name, style="bold")
+    for heading, text in (
+        (_STORY, sample.prompt),
+        ("The model thought", thinking),
+        ("and answered", f"{answer} ({verdict})"),
+    ):
+        console.print(textwrap.fill(heading, 78), style="bold")
         console.print(textwrap.indent(textwrap.fill(text.strip(), 76), "  "), "\n", sep="")
-    terminal.print_attribution(attribution, top=strongest(attribution), evidence=marks(sample), console=console)
-    console.print()
-    console.print(moved(attribution), "\n", sep="")
-    console.print(found(sample, attribution))
+    console.print(f"Which sentences of the text made it answer {answer}?", style="bold")
+    console.print("\n".join(sources(sample, attribution)), "\n", sep="")
+    console.print("How do we know?", style="bold")
+    for text in (found(sample, attribution), checked(attribution)):
+        console.print(textwrap.indent(textwrap.fill(text, 76), "  "), "\n", sep="")
 
 
-def strongest(attribution: Attribution) -> int:
-    """A tenth of the prompt, rounded up: the tokens that the recovery rate looks at."""
-    return -(-len(attribution.prompt) // 10)
+_STORY = (
+    "A small language model read this text. A statement such as 'v8 12' says that v8 is 12, and other sentences are "
+    "noise. The question at the end is what a variable stands for; it takes four statements, one after the other, to "
+    "tell."
+)
+
+
+def sources(sample: Sample, attribution: Attribution) -> list[str]:
+    """A line for each of the sentences with the largest shares, those of the chain marked."""
+    best = attribution.by("step").top(_SOURCES)
+    return [
+        f"  {percent(one.share):>8s}  {'█' * max(1, round(20 * one.share)):20s}  {one.unit.text}"
+        f"{'  (needed)' if one.unit.text.rstrip(' ;') in sample.evidence_text else ''}"
+        for one in best
+    ]
+
+
+def checked(attribution: Attribution) -> str:
+    """What happens to the probability of what the model wrote without its sources, against random ones."""
+    result = attribution.verify(reasoner.load()[0], unit="step")
+    count, drop, random = len(result.named[-1]), float(result.drop[-1]), result.random_drop[:, -1]
+    held = "so these are what it drew on" if result.holds else "so this explanation does not hold"
+    return (
+        f"By trying it out. Without the {count} sentences that have most, what the model wrote becomes {_times(drop)} "
+        f"less likely. Without as many words of other sentences, drawn at random {len(random)} times, it is "
+        f"{_times(float(random.min()))} to {_times(float(random.max()))}, {held}."
+    )
+
+
+def _times(nats: float) -> str:
+    """A drop of log P as a factor."""
+    tens = nats / log(10)
+    return f"{10**tens:.3g} times" if tens < 3 else f"10^{tens:.0f} times"
 
 
 def statements(sample: Sample) -> tuple[list[list[int]], list[list[int]]]:
@@ -104,41 +140,17 @@ def marks(sample: Sample) -> dict[int, str]:
     return {i: f"step {n}" for n, statement in enumerate(statements(sample)[0], 1) for i in statement}
 
 
-def moved(attribution: Attribution) -> str:
-    """How much mass moved from the reasoning to the prompt."""
-    rows = [row for row in hop_rows(attribution) if row.shares]
-    return (
-        f"Directly, the answer draws {percent(rows[0].shares['prompt'])} of its mass from the prompt and "
-        f"{percent(rows[0].shares['reasoning'])} from the reasoning. {len(rows) - 1} hops through the reasoning move "
-        f"that on to the prompt: they bring {percent(1.0 - rows[0].score)} of the prompt's score."
-    )
-
-
 def found(sample: Sample, attribution: Attribution) -> str:
-    """Whether the strongest tokens are the evidence, with the hops and without them."""
-    from flashtrace_plugin.evaluation.metrics import recovery
-
+    """Where the statements that the answer follows from stand among all sentences of the prompt."""
+    ranked = [one.unit.text.rstrip(" ;") for one in attribution.by("step").top(len(attribution.prompt))]
+    ranks = [ranked.index(text) + 1 for text in reversed(sample.evidence_text)]
     chain, others = statements(sample)
-    prompt, count = attribution.prompt, strongest(attribution)
-    direct = attribution.hop_scores[0, prompt.slice]
-
-    def touched(scores: Tensor, among: list[list[int]]) -> str:
-        top = set(scores.argsort(descending=True, stable=True)[:count].tolist())
-        return f"{sum(not top.isdisjoint(s) for s in among)} of {len(among)}"
-
-    def share(scores: Tensor) -> str:
-        mass = [float(scores[[i for s in part for i in s]].sum()) for part in (chain, others)]
-        return percent(mass[0] / sum(mass))
-
+    mass = [float(attribution.scores[[i for s in part for i in s]].sum()) for part in (chain, others)]
     return (
-        f"The answer follows from {len(chain)} statements: {'; '.join(sample.evidence_text)}. The {count} strongest "
-        f"tokens of the prompt (10 %) touch {touched(attribution.scores, chain)} of them and "
-        f"{touched(attribution.scores, others)} others; without the hops it is {touched(direct, chain)} and "
-        f"{touched(direct, others)}. Of the score on statements, {share(attribution.scores)} lies on these, without "
-        f"the hops {share(direct)}, by chance {percent(len(chain) / (len(chain) + len(others)))}. Of the "
-        f"{len(sample.evidence)} keys and values themselves the {count} tokens hold "
-        f"{recovery(attribution.scores, sample.evidence):.0%}, without the hops "
-        f"{recovery(direct, sample.evidence):.0%}, by chance 10 %."
+        f"The text was made so that the answer follows from {len(chain)} statements: "
+        f"{', '.join(sample.evidence_text)}. From the last to the first they are number "
+        f"{', '.join(map(str, ranks))} of the {len(ranked)} sentences. Of what statements have, these have "
+        f"{percent(mass[0] / sum(mass))}; by chance it would be {percent(len(chain) / (len(chain) + len(others)))}."
     )
 
 

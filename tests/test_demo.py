@@ -8,7 +8,6 @@ import pytest
 
 from flashtrace_plugin import demo, reasoner
 from flashtrace_plugin.evaluation import tasks
-from flashtrace_plugin.evaluation.metrics import recovery
 
 pytest.importorskip("inseq")
 
@@ -29,20 +28,18 @@ def test_the_model_reasons_and_answers_right(sample, attribution):
     assert attribution.hops == demo.HOPS
 
 
-def test_what_it_says_about_mass(attribution):
-    direct = float(attribution.hop_scores[0, attribution.prompt.slice].sum() / attribution.scores.sum())
-    assert f"they bring {100 * (1 - direct):.1f} % of the prompt's score" in demo.moved(attribution)
-
-
 def test_what_it_says_about_the_evidence(sample, attribution):
-    words, scores = sample.prompt.split(), attribution.scores.tolist()
-    top = sorted(range(len(words)), key=lambda i: -scores[i])[:13]
-    touched = {
-        step for i in top for step in range(len(sample.steps)) if demo.marks(sample).get(i) == f"step {step + 1}"
-    }
-    said = demo.found(sample, attribution)
-    assert f"The 13 strongest tokens of the prompt (10 %) touch {len(touched)} of 4 of them" in said
-    assert f"the 13 tokens hold {recovery(attribution.scores, sample.evidence):.0%}, without" in said
+    lines = demo.sources(sample, attribution)
+    assert sample.evidence_text[-1] in lines[0] and "needed" in lines[0] and "?" not in lines[0]
+    best = [one.unit.text for one in attribution.by("step").top(99)]
+    ranks = [best.index(f"{text} ;") + 1 for text in reversed(sample.evidence_text)]
+    assert f"number {', '.join(map(str, ranks))} of the {len(best)} sentences" in demo.found(sample, attribution)
+
+
+def test_how_it_knows(attribution):
+    said = demo.checked(attribution)
+    assert "so these are what it drew on" in said and "8 times" in said and "10^" in said
+    assert demo._times(0.0) == "1 times" and demo._times(23.0) == "10^10 times"
 
 
 def test_statements_are_whole(sample):
@@ -60,8 +57,8 @@ def test_main_prints_everything_and_writes_the_report(sample, tmp_path, capsys):
         sample.prompt,
         sample.reasoning,
         f"{sample.answer} (right)",
-        "Top tokens",
-        "Where each hop",
+        "made it answer",
+        "How do we know?",
         report.as_uri(),
     ):
         assert text in printed
