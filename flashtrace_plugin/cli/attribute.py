@@ -85,16 +85,14 @@ def attribute(
     Prints what the model wrote, the strongest tokens of the prompt and where each hop's mass lies. What stands as
     --NAME VALUE and is no option here is one of the method.
     """
-    from flashtrace_plugin.methods.registry import METHODS
-
     console = console_beside(json_path, html_path, generation_out)
     asked, written = _given(prompt, prompt_file, messages_file, generation, generation_file)
-    cls = METHODS[one_of("--method", method, METHODS)]
     flags = {name: typed(value) for name, value in driving.items() if value is not None}
-    chosen = _options_of(cls, flags | typed_options(option or [], ctx.args))
     where = {"target": read_span(target), "reasoning": read_span(reasoning)}
     how = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
-    with told() as tell:
+    with told() as tell:  # importing torch takes seconds, too
+        cls = _method(method)
+        chosen = _options_of(cls, flags | typed_options(option or [], ctx.args))
         lm, tokenizer = _loaded(tell, model, dtype, device, allow_pickle=allow_pickle, **how)
         explain = cls(lm, tokenizer, **chosen)
         text = _text(tell, model, lm, tokenizer, asked, written, max_new_tokens)
@@ -200,6 +198,12 @@ def _text(
         return write(lm, tokenizer, asked, most, streamer=TokenCount(tell, most))
     ends = end_ids(tokenizer, lm.config.get_text_config(), lm.generation_config)
     return tokenize(tokenizer, asked, written, ends)
+
+
+def _method(name: str) -> Any:
+    from flashtrace_plugin.methods.registry import METHODS
+
+    return METHODS[one_of("--method", name, METHODS)]
 
 
 def _options_of(cls: Any, options: dict[str, Any]) -> dict[str, Any]:
