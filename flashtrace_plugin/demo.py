@@ -81,7 +81,7 @@ def tell(sample: Sample, attribution: Attribution, console: Console) -> None:
     console.print(f"Which sentences of the text made it answer {answer}?", style="bold")
     console.print("\n".join(sources(sample, attribution)), "\n", sep="")
     console.print("How do we know?", style="bold")
-    for text in (found(sample, attribution), checked(attribution)):
+    for text in (found(sample, attribution), what_removal_does(attribution)):
         console.print(textwrap.indent(textwrap.fill(text, 76), "  "), "\n", sep="")
 
 
@@ -102,7 +102,7 @@ def sources(sample: Sample, attribution: Attribution) -> list[str]:
     ]
 
 
-def checked(attribution: Attribution) -> str:
+def what_removal_does(attribution: Attribution) -> str:
     """What happens to the probability of what the model wrote without its sources, against random ones."""
     result = attribution.verify(reasoner.load()[0], unit="step")
     count, drop, random = len(result.named[-1]), float(result.drop[-1]), result.random_drop[:, -1]

@@ -381,11 +381,11 @@ def test_texts_that_are_none(folder, tmp_path):
 def test_progress_only_on_a_terminal(monkeypatch):
     stream = io.StringIO()
     monkeypatch.setattr(sys, "stderr", stream)
-    with progress.told() as tell:
+    with progress.telling() as tell:
         tell("Loading")
     assert not stream.getvalue()
     monkeypatch.setattr(stream, "isatty", lambda: True, raising=False)
-    with progress.told() as tell:
+    with progress.telling() as tell:
         count = progress.TokenCount(tell, 9)
         for _ in range(4):
             count.put(None)

@@ -37,7 +37,7 @@ def test_what_it_says_about_the_evidence(sample, attribution):
 
 
 def test_how_it_knows(attribution):
-    said = demo.checked(attribution)
+    said = demo.what_removal_does(attribution)
     assert "so these are what it drew on" in said and "8 times" in said and "10^" in said
     assert demo._times(0.0) == "1 times" and demo._times(23.0) == "10^10 times"
 

@@ -16,7 +16,7 @@ import typer
 from flashtrace_plugin.cli import options as o
 from flashtrace_plugin.cli.inputs import only, read_file, read_prompt, read_span, typed, typed_options
 from flashtrace_plugin.cli.output import console_beside, deliver, kept, print_text
-from flashtrace_plugin.cli.progress import TokenCount, told
+from flashtrace_plugin.cli.progress import TokenCount, telling
 from flashtrace_plugin.errors import CostError, InputError, SpanError
 from flashtrace_plugin.methods.options import Driving, declared, one_of
 
@@ -90,7 +90,7 @@ def attribute(
     flags = {name: typed(value) for name, value in driving.items() if value is not None}
     where = {"target": read_span(target), "reasoning": read_span(reasoning)}
     how = {"attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
-    with told() as tell:  # importing torch takes seconds, too
+    with telling() as tell:  # importing torch takes seconds, too
         cls = _method(method)
         chosen = _options_of(cls, flags | typed_options(option or [], ctx.args))
         lm, tokenizer = _loaded(tell, model, dtype, device, allow_pickle=allow_pickle, **how)
@@ -98,7 +98,7 @@ def attribute(
         text = _text(tell, model, lm, tokenizer, asked, written, max_new_tokens)
     if written is None:
         print_text(console, text.generation, "The model wrote")
-    with kept(text.generation, generation_out) if written is None else nullcontext(), told() as tell:
+    with kept(text.generation, generation_out) if written is None else nullcontext(), telling() as tell:
         tell(f"Explaining by {method}: {len(text.tokens)} tokens")
         try:
             found = explain.attribute_text(text, **where)
@@ -139,7 +139,7 @@ def tokens_command(
         _list_tokens(known.tokens, known.prompt, known.reasoning, known.target)
         return
     asked, written = _given(prompt, prompt_file, messages_file, generation, generation_file)
-    with told() as tell:
+    with telling() as tell:
         tell(f"Loading {model}")
         lm, tokenizer = load(model)
         text = _text(tell, model, lm, tokenizer, asked, written, max_new_tokens)

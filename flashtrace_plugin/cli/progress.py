@@ -11,7 +11,7 @@ _Tell = Callable[[str], None]
 
 
 @contextmanager
-def told() -> Iterator[_Tell]:
+def telling() -> Iterator[_Tell]:
     """Gives a function that says what is being done; the line counts the seconds, and is gone at the end."""
     if not sys.stderr.isatty():
         yield lambda what: None

@@ -12,7 +12,7 @@ import typer
 from flashtrace_plugin.cli import options as o
 from flashtrace_plugin.cli.inputs import only, read_file, read_prompt, typed_options
 from flashtrace_plugin.cli.output import console_beside, print_text, write_text
-from flashtrace_plugin.cli.progress import told
+from flashtrace_plugin.cli.progress import telling
 from flashtrace_plugin.errors import InputError
 from flashtrace_plugin.methods.options import one_of
 
@@ -50,7 +50,7 @@ def cite_command(
         raise InputError("no answer was given; give one of --answer and --answer-file")
     documents = _documents(document or [], documents_file)
     options = typed_options(option or [], [])
-    with told() as tell:
+    with telling() as tell:
         loaded = _load(tell, model, dtype, device)
         found = cite(*loaded, asked, written, documents=documents, method=method, verify=verify, **options)
     _deliver(found, json_path, markdown_path)
@@ -86,7 +86,7 @@ def blame_command(
         raise InputError("both --target and a tool call were given; give --target, or --call and --argument")
     messages, tools = _transcript(transcript)
     made = ToolCall(call or 0)
-    with told() as tell:
+    with telling() as tell:
         found = blame(
             *_load(tell, model, dtype, device),
             messages,
