@@ -82,16 +82,26 @@ class Method(ABC):
         cls.__doc__ = _documented(cls)
 
     def __init__(self, model: Any, tokenizer: Any = None, **options: Any) -> None:
-        given = {one.name for one in options_of(type(self))}
-        unknown = sorted(options.keys() - given)
-        if unknown:
-            raise TypeError(f"{type(self).__name__} has no option {', '.join(unknown)}; {takes(type(self))}")
-        driving = dict(self.drives) | {k: v for k, v in options.items() if k in self.drives}
-        self.options = self.Options(**{k: v for k, v in options.items() if k not in self.drives})
-        self.driving = Driving(**({"hops": 0} | driving))
+        self.options, self.driving = self._chosen(options)
         self._hops_asked = "hops" in options  # a default is nothing that a text without reasoning could disappoint
         self.source = source_for(model)
         self.tokenizer = tokenizer if tokenizer is not None else self.source.tokenizer
+
+    @classmethod
+    def _chosen(cls, options: Mapping[str, Any]) -> tuple[Any, Driving]:
+        """Its own options and the driver's. Raises TypeError for one that it has not, InputError for a value."""
+        unknown = sorted(options.keys() - {one.name for one in options_of(cls)})
+        if unknown:
+            raise TypeError(f"{cls.__name__} has no option {', '.join(unknown)}; {takes(cls)}")
+        driving = dict(cls.drives) | {k: v for k, v in options.items() if k in cls.drives}
+        own = cls.Options(**{k: v for k, v in options.items() if k not in cls.drives})
+        return own, Driving(**({"hops": 0} | driving))
+
+    @classmethod
+    def settings_with(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+        """What results note of these options, those left at their defaults too; no model is needed."""
+        own, driving = cls._chosen(options)
+        return {k: v for k, v in driving.noted().items() if k in cls.drives} | own.noted()
 
     @abstractmethod
     def start(self, task: Task) -> Step | Rows:
