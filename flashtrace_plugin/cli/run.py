@@ -13,7 +13,7 @@ from flashtrace_plugin.cli.inputs import typed_options
 from flashtrace_plugin.errors import InputError
 
 if TYPE_CHECKING:
-    from flashtrace_plugin.runs.run import Summary
+    from flashtrace_plugin.runs.engine import Summary
 
 _ROWS: dict[str, Any] = {"rich_help_panel": "Rows"}
 _MODEL: dict[str, Any] = {"rich_help_panel": "Model"}

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flashtrace_plugin import reasoner
 from flashtrace_plugin.errors import InputError
 from flashtrace_plugin.loading import DTYPES, REASONER, load
 from flashtrace_plugin.methods.options import one_of
@@ -47,17 +48,19 @@ class Recipe:
         """All options, as results note them."""
         return METHODS[self.method].settings_with(self.options)
 
-    @property
-    def name(self) -> str:
-        """The model's name; a folder's is where it is."""
-        path = Path(self.model).expanduser()
-        return str(path.resolve()) if self.model != REASONER and path.exists() else self.model
-
     def made(self) -> Method:
         """The method with its model."""
         loading = ("dtype", "device", "attn_implementation", "trust_remote_code", "allow_pickle")
         model, tokenizer = load(self.model, **{name: getattr(self, name) for name in loading})
         return METHODS[self.method](model, tokenizer, **self.options)
+
+
+def model_name(name: str) -> str:
+    """A model's name, the same however its folder is written."""
+    path = Path(name).expanduser()
+    if name == REASONER or not path.exists():
+        return name
+    return REASONER if path.resolve() == reasoner.path().resolve() else str(path.resolve())
 
 
 _SAMPLES = 64

@@ -17,7 +17,7 @@ from flashtrace_plugin.runs.buckets import Bucket, Cut, buckets, left
 from flashtrace_plugin.runs.data_set import DataSet
 from flashtrace_plugin.runs.folder import Folder
 from flashtrace_plugin.runs.index import write_index
-from flashtrace_plugin.runs.recipe import Recipe
+from flashtrace_plugin.runs.recipe import Recipe, model_name
 
 if TYPE_CHECKING:
     from flashtrace_plugin.methods.base import Method
@@ -190,14 +190,17 @@ def _several_accelerators(method: Method | Recipe) -> bool:
 def _about(method: Method | Recipe, max_new_tokens: int, source: DataSet) -> dict[str, Any]:
     """What the run is one of."""
     if isinstance(method, Recipe):
-        known = {"method": method.method, "settings": method.settings(), "model": method.name}
+        name, model = method.method, method.model
     else:
-        known = {
-            "method": method.name,
-            "settings": method.settings(),
-            "model": method.source.describe().get("model", ""),
-        }
-    return {"version": __version__} | known | {"max_new_tokens": max_new_tokens, "input": source.name}
+        name, model = method.name, str(method.source.describe().get("model", ""))
+    return {
+        "version": __version__,
+        "method": name,
+        "settings": method.settings(),
+        "model": model_name(model),
+        "max_new_tokens": max_new_tokens,
+        "input": source.name,
+    }
 
 
 def _bar(source: DataSet, before: int, progress: bool | None) -> Any:
