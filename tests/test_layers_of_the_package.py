@@ -32,6 +32,7 @@ SHIMS = {"heta", "metrics", "tasks", "models.layouts", "models.attention"}
 TWICE = {
     **dict.fromkeys(("FlashTrace", "IFR", "RecursiveAttribution", "HETA"), "Captum's classes have the methods' names"),
     "main": "what a command runs",
+    "run": "runs.run(rows, method, out) is documented under this name; the other runs a comparison of methods",
     "recursive": "what turns a result or a method of Inseq, of Captum, into its recursive form",
     "load": "reasoner.load() and loading.load(name) are documented under these names",
 }

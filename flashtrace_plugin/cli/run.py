@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import islice
+from heapq import nsmallest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from flashtrace_plugin.cli.flags import Device, Dtype, Kernel, ModelName, Pickle, RemoteCode
 from flashtrace_plugin.cli.inputs import typed_options
 from flashtrace_plugin.errors import InputError
 
@@ -16,11 +17,10 @@ if TYPE_CHECKING:
     from flashtrace_plugin.runs.engine import Summary
 
 _ROWS: dict[str, Any] = {"rich_help_panel": "Rows"}
-_MODEL: dict[str, Any] = {"rich_help_panel": "Model"}
 _METHOD: dict[str, Any] = {"rich_help_panel": "Method"}
 _RUN: dict[str, Any] = {"rich_help_panel": "Run"}
 
-SOME_FAILED = 3
+_SOME_FAILED = 3
 """Exit code of a run with rows that could not be explained; 2 is that of one that explained none."""
 _STOPPED = 130
 _TOLD = 5
@@ -41,22 +41,12 @@ def run_command(
     max_new_tokens: Annotated[
         int, typer.Option(min=1, help="Most tokens that the model writes where a row has no generation.", **_ROWS)
     ] = 512,
-    model: Annotated[
-        str, typer.Option(help="Folder, hub name or .gguf file; 'reasoner' is the bundled model.", **_MODEL)
-    ] = "reasoner",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.", **_MODEL)] = "auto",
-    device: Annotated[
-        str | None, typer.Option(help="As torch names it; default: all accelerators, or cpu.", **_MODEL)
-    ] = None,
-    attn_implementation: Annotated[
-        str | None, typer.Option(help="As transformers names it, such as sdpa.", **_MODEL)
-    ] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.", **_MODEL)
-    ] = False,
-    allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Also read weights that can run code.", **_MODEL)
-    ] = False,
+    model: ModelName = "reasoner",
+    dtype: Dtype = "auto",
+    device: Device = None,
+    attn_implementation: Kernel = None,
+    trust_remote_code: RemoteCode = False,
+    allow_pickle: Pickle = False,
     method: Annotated[
         str, typer.Option(help="Name of a method; 'flashtrace-plugin methods' lists them.", **_METHOD)
     ] = "recommended",
@@ -70,6 +60,9 @@ def run_command(
             **_METHOD,
         ),
     ] = None,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Also explain what takes more than --max-cost.", **_METHOD)
+    ] = False,
     batch: Annotated[int, typer.Option(min=1, help="Rows that are explained and saved together.", **_RUN)] = 16,
     window: Annotated[int, typer.Option(min=1, help="Rows read ahead to be sorted by length.", **_RUN)] = 1024,
     reports: Annotated[bool, typer.Option("--reports", help="Also write a report for every row.", **_RUN)] = False,
@@ -90,7 +83,7 @@ def run_command(
     recipe = Recipe(
         model,
         method,
-        typed_options(option or [], ctx.args),
+        typed_options(option or [], ctx.args) | ({"max_cost": None} if yes else {}),
         dtype=dtype,
         device=device,
         attn_implementation=attn_implementation,
@@ -115,7 +108,7 @@ def run_command(
         raise typer.Exit(_STOPPED) from stop
     _tell(summary)
     if summary.failures:
-        raise typer.Exit(2 if summary.failures == summary.total else SOME_FAILED)
+        raise typer.Exit(2 if summary.failures == summary.total else _SOME_FAILED)
 
 
 def _columns(pairs: list[str]) -> Iterator[tuple[str, str]]:
@@ -130,7 +123,7 @@ def _tell(summary: Summary) -> None:
     """The first failures, then the summary."""
     from flashtrace_plugin.runs import failures
 
-    for failure in islice(failures(summary.folder), _TOLD):
+    for failure in nsmallest(_TOLD, failures(summary.folder), key=lambda failure: failure.number):
         typer.echo(str(failure), err=True)
     if summary.failures > _TOLD:
         typer.echo(f"and {summary.failures - _TOLD} more that failed", err=True)

@@ -32,7 +32,7 @@ _BLOCK = 1 << 10
 """Bytes above which Ray closes a block: every bucket is one of its own, to be handed to whoever is free."""
 
 
-def explained(work: Work, workers: int | None) -> Iterator[Explained]:
+def on_ray(work: Work, workers: int | None) -> Iterator[Explained]:
     """What the workers find, as they find it.
 
     workers: by default one for each accelerator that Ray knows, or one

@@ -127,6 +127,8 @@ def _data_set(name: str, subset: str | None, split: str | None) -> Iterable[Any]
         raise InputError(f"the data set {name!r} needs datasets; pip install 'flashtrace-plugin[runs]'") from error
     folder = Path(name).expanduser()
     saved = any((folder / file).is_file() for file in ("dataset_dict.json", "state.json"))
+    if saved and subset is not None:
+        raise InputError(f"the saved data set {name!r} has no subsets; leave subset out")
     try:
         found = datasets.load_from_disk(str(folder)) if saved else datasets.load_dataset(name, subset, streaming=True)
     except (OSError, ValueError, RuntimeError, ImportError) as error:

@@ -22,7 +22,7 @@ from flashtrace_plugin.runs.recipe import Recipe, model_name
 if TYPE_CHECKING:
     from flashtrace_plugin.methods.base import Method
 
-ENGINES = ("auto", "local", "ray")
+_ENGINES = ("auto", "local", "ray")
 INSTALL = "pip install 'flashtrace-plugin[runs]'"
 
 
@@ -71,12 +71,12 @@ class Summary:
         )
 
 
-Rows = Union[str, Path, DataSet, Iterable[Mapping[str, Any]]]
+_Rows = Union[str, Path, DataSet, Iterable[Mapping[str, Any]]]
 """A file, a folder or name of a data set, a :class:`DataSet` that says more, or rows as mappings."""
 
 
 def run(
-    rows: Rows,
+    rows: _Rows,
     method: Method | Recipe,
     out: str | Path,
     *,
@@ -119,7 +119,7 @@ def run(
         if retry:
             folder.forget_failures()
         before, earlier = len(folder.done), len(folder.failed)
-        work = Work(source, dict(folder.done), cut, method, max_new_tokens)
+        work = Work(source, folder.done, cut, method, max_new_tokens)
         with _bar(source, before, progress) as bar:
             for explained in _ray(work, workers) if chosen == "ray" else _local(work):
                 folder.know(explained.fingerprint)
@@ -157,14 +157,14 @@ def _local(work: Work) -> Iterator[Explained]:
 
 
 def _ray(work: Work, workers: int | None) -> Iterator[Explained]:
-    from flashtrace_plugin.runs.cluster import explained
+    from flashtrace_plugin.runs.cluster import on_ray
 
-    return explained(work, workers)
+    return on_ray(work, workers)
 
 
 def _engine(name: str, method: Method | Recipe, workers: int | None) -> str:
     """The engine to use. Raises InputError for one that cannot be, and for workers that nothing would use."""
-    one_of("engine", name, ENGINES)
+    one_of("engine", name, _ENGINES)
     at_least(1, optional=True)("workers", workers)
     if name == "auto":
         name = "ray" if workers is not None or _several_accelerators(method) else "local"

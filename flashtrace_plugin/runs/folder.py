@@ -12,10 +12,10 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from flashtrace_plugin.errors import InputError
-from flashtrace_plugin.runs.lines import Head, head_of
+from flashtrace_plugin.runs.lines import LineHead, head_of
 
-RESULTS = "results.jsonl"
-MANIFEST = "run.json"
+_RESULTS = "results.jsonl"
+_MANIFEST = "run.json"
 _FORMAT = "flashtrace-run/1"
 
 
@@ -41,9 +41,9 @@ class Folder:
         self._claim()
         try:
             self._check()
-            for head, _ in _mended(self.path / RESULTS):
+            for head, _ in _mended(self.path / _RESULTS):
                 self._note(head)
-            self._file = os.open(self.path / RESULTS, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            self._file = os.open(self.path / _RESULTS, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         except BaseException:
             self._lock.release()
             raise
@@ -53,7 +53,7 @@ class Folder:
         os.close(self._file)
         self._lock.release()
 
-    def append(self, lines: Iterable[bytes]) -> list[Head]:
+    def append(self, lines: Iterable[bytes]) -> list[LineHead]:
         """Writes lines and waits until the disk has them; rows that have a result already are left out.
 
         Raises InputError where the disk takes no more; what was written before stays, and nothing is cut.
@@ -66,7 +66,7 @@ class Folder:
         except OSError as error:
             os.ftruncate(self._file, size)
             raise InputError(
-                f"cannot write {self.path / RESULTS}: {error.strerror}; {len(self.done)} results are saved. Make "
+                f"cannot write {self.path / _RESULTS}: {error.strerror}; {len(self.done)} results are saved. Make "
                 "room and start the same run again, which goes on where this one stopped"
             ) from error
         for head, _ in new:
@@ -89,7 +89,7 @@ class Folder:
         """Takes failures out of the results, so that these rows are tried again."""
         if not self.failed:
             return
-        path, kept = self.path / RESULTS, self.path / f"{RESULTS}.new"
+        path, kept = self.path / _RESULTS, self.path / f"{_RESULTS}.new"
         with kept.open("wb") as file:
             for head, line in _mended(path):
                 if not head.failed:
@@ -103,7 +103,7 @@ class Folder:
             del self.done[number]
         self.failed = set()
 
-    def _note(self, head: Head) -> None:
+    def _note(self, head: LineHead) -> None:
         self.done[head.number] = head.digest
         if head.failed:
             self.failed.add(head.number)
@@ -120,10 +120,10 @@ class Folder:
 
     def _check(self) -> None:
         """Refuses a folder of something else; notes what the run is one of in a new one."""
-        if not (self.path / MANIFEST).exists():
+        if not (self.path / _MANIFEST).exists():
             others = sorted(p.name for p in self.path.iterdir() if p.name != ".lock" and not p.name.endswith(".new"))
             if others:
-                raise InputError(f"{self.path} is no folder of a run: it has no {MANIFEST}, but {others[0]}")
+                raise InputError(f"{self.path} is no folder of a run: it has no {_MANIFEST}, but {others[0]}")
             self._save()
             return
         there = read_manifest(self.path)
@@ -136,17 +136,17 @@ class Folder:
 
     def _save(self) -> None:
         data = json.dumps(self.about, ensure_ascii=False, indent=1).encode()
-        write_whole(self.path / MANIFEST, data)
+        write_whole(self.path / _MANIFEST, data)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
     """What a folder's run is one of. Raises InputError for a folder of something else."""
     try:
-        found = json.loads((path / MANIFEST).read_bytes())
+        found = json.loads((path / _MANIFEST).read_bytes())
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} is no folder of a run: {MANIFEST} cannot be read ({error})") from error
+        raise InputError(f"{path} is no folder of a run: {_MANIFEST} cannot be read ({error})") from error
     if not isinstance(found, dict) or found.get("format") != _FORMAT:
-        raise InputError(f"{path / MANIFEST} is not of the format {_FORMAT}")
+        raise InputError(f"{path / _MANIFEST} is not of the format {_FORMAT}")
     return found
 
 
@@ -163,9 +163,9 @@ def write_whole(path: Path, data: bytes) -> None:
         raise InputError(f"cannot write {path}: {error.strerror}") from error
 
 
-def results(path: Path) -> Iterator[tuple[Head, bytes]]:
+def results(path: Path) -> Iterator[tuple[LineHead, bytes]]:
     """Heads and lines of a folder's results, in the order in which they were found; a cut last line is left out."""
-    file = path / RESULTS
+    file = path / _RESULTS
     if not file.exists():
         return
     with file.open("rb") as lines:
@@ -178,7 +178,7 @@ def results(path: Path) -> Iterator[tuple[Head, bytes]]:
             yield head, line
 
 
-def _mended(file: Path) -> Iterator[tuple[Head, bytes]]:
+def _mended(file: Path) -> Iterator[tuple[LineHead, bytes]]:
     """The same, and what follows the last whole line, which a killed run left, is cut off."""
     size = 0
     for head, line in results(file.parent):

@@ -14,12 +14,12 @@ from flashtrace_plugin.attribution import Attribution
 from flashtrace_plugin.errors import InputError
 from flashtrace_plugin.report.html import as_html
 from flashtrace_plugin.runs.folder import read_manifest, results, write_whole
-from flashtrace_plugin.runs.lines import Head
+from flashtrace_plugin.runs.lines import LineHead
 
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-INDEX = "index.html"
+_INDEX = "index.html"
 _SHOWN = 1000
 """Rows of each kind that the page lists, the first of the input: more than anybody reads, and a browser's load."""
 _LONGEST = 160
@@ -48,7 +48,7 @@ def write_index(folder: Path, *, reports: bool = False) -> None:
     if reports:
         _write_reports(folder)
     page = _environment().get_template("index.html.j2")
-    write_whole(folder / INDEX, page.render(_context(folder)).encode("utf-8", "replace"))
+    write_whole(folder / _INDEX, page.render(_context(folder)).encode("utf-8", "replace"))
 
 
 def _write_reports(folder: Path) -> None:
@@ -78,13 +78,13 @@ def _context(folder: Path) -> dict[str, Any]:
     }
 
 
-def _first(folder: Path, failed: bool) -> list[tuple[Head, dict[str, Any]]]:
+def _first(folder: Path, failed: bool) -> list[tuple[LineHead, dict[str, Any]]]:
     """The first rows of the input that were explained, or that failed."""
     chosen = ((head, line) for head, line in results(folder) if head.failed == failed)
     return [(head, json.loads(line)) for head, line in nsmallest(_SHOWN, chosen, key=lambda pair: pair[0].number)]
 
 
-def _shown(folder: Path, head: Head, data: Mapping[str, Any]) -> Shown:
+def _shown(folder: Path, head: LineHead, data: Mapping[str, Any]) -> Shown:
     found = Attribution.from_dict(data)
     source, share = _source(found, data.get("documents", ()))
     report = _report(head.number)
@@ -114,10 +114,11 @@ def _source(found: Attribution, documents: Iterable[Mapping[str, Any]]) -> tuple
 
 
 def _question(found: Attribution) -> str:
-    """What the user wrote last, or the prompt."""
+    """The last line with a question mark of what the user wrote last, or of the prompt; all of it if there is none."""
     users = [c for c in found.contents if c.role == "user"]
     text = found.text(found.prompt)
-    return text[users[-1].start : users[-1].stop] if users else text
+    asked = text[users[-1].start : users[-1].stop] if users else text
+    return next((line for line in reversed(asked.splitlines()) if "?" in line), asked)
 
 
 def _short(text: str) -> str:

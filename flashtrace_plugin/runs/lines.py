@@ -14,12 +14,12 @@ from torch import Tensor
 from flashtrace_plugin.attribution import Attribution
 from flashtrace_plugin.runs.rows import Failure, Row
 
-FAILURE = "flashtrace-failure/1"
+_FAILURE = "flashtrace-failure/1"
 _HEAD = re.compile(rb'\{"row": (\d+), "digest": "([0-9a-f]{16})", "format": "([^"]+)"')
 
 
 @dataclass(frozen=True)
-class Head:
+class LineHead:
     """What stands at the beginning of a line."""
 
     number: int
@@ -27,10 +27,10 @@ class Head:
     failed: bool
 
 
-def head_of(line: bytes) -> Head | None:
+def head_of(line: bytes) -> LineHead | None:
     """The head of a line; None where it is no result's."""
     found = _HEAD.match(line)
-    return found and Head(int(found[1]), found[2].decode(), found[3] == FAILURE.encode())
+    return found and LineHead(int(found[1]), found[2].decode(), found[3] == _FAILURE.encode())
 
 
 def line_of_result(row: Row, found: Attribution, more: dict[str, Any]) -> bytes:
@@ -43,7 +43,7 @@ def line_of_result(row: Row, found: Attribution, more: dict[str, Any]) -> bytes:
 
 def line_of_failure(row: Failure) -> bytes:
     """The line of a row that was not."""
-    head = {"row": row.number, "digest": row.digest, "format": FAILURE, "id": row.id}
+    head = {"row": row.number, "digest": row.digest, "format": _FAILURE, "id": row.id}
     return _line(head | {"error": row.error, "message": row.message})
 
 
