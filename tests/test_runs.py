@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -26,6 +27,7 @@ from flashtrace_plugin.methods.base import Method
 from flashtrace_plugin.runs.buckets import Cut, buckets, left
 from flashtrace_plugin.runs.data_set import DataSet
 from flashtrace_plugin.runs.folder import Folder
+from flashtrace_plugin.runs.hand import Hand
 from flashtrace_plugin.runs.lines import head_of
 from flashtrace_plugin.runs.recipe import Recipe, fingerprint
 from flashtrace_plugin.runs.rows import Failure, Row
@@ -476,3 +478,37 @@ def test_a_run_holds_a_window_of_rows_and_no_more(method, tmp_path):
     first = next(buckets(done, Cut(batch=2, window=6)))
     assert len(first) == 2 and seen == list(range(6))
     assert not any(isinstance(row, Failure) for row in first)
+
+
+class _Died(BaseException):
+    """What a kill looks like from inside: nothing after it runs."""
+
+
+def test_a_row_that_kills_workers_is_told_and_others_of_its_bucket_are_explained(tmp_path):
+    bucket = [Row(i, "0" * 16, f"q{i}", "x") for i in range(3)]
+    explained = []
+
+    def lines(rows):
+        if any(row.number == 1 for row in rows):
+            raise _Died
+        explained.extend(row.number for row in rows)
+        return [f"line {row.number}".encode() for row in rows]
+
+    for _ in range(2):
+        with pytest.raises(_Died):
+            Hand(tmp_path).explained(bucket, lines)
+    first, told, last = Hand(tmp_path).explained(bucket, lines)
+    assert (first, last) == (b"line 0", b"line 2") and head_of(told).failed and b"a worker died twice" in told
+    assert Hand(tmp_path).explained(bucket[:1], lines) == [b"line 0"]
+    Hand(tmp_path).empty()
+    with pytest.raises(_Died):
+        Hand(tmp_path).explained(bucket, lines)
+
+
+def test_the_page_runs_as_it_stands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    printed = []
+    text = (Path(runs.__file__).parents[2] / "docs" / "runs.md").read_text(encoding="utf-8")
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(compile(block, "runs.md", "exec"), {"print": lambda *values: printed.append(" ".join(map(str, values)))})
+    assert printed == ["1 1", "a 84", "b SpanError"]

@@ -12,10 +12,12 @@ import pickle
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from flashtrace_plugin.errors import FlashTraceError, InputError
 from flashtrace_plugin.runs.engine import INSTALL, Explained, Work
+from flashtrace_plugin.runs.hand import Hand
 from flashtrace_plugin.runs.recipe import Recipe
 
 try:
@@ -27,7 +29,7 @@ except ImportError as error:
     raise InputError(f"engine='ray' needs Ray Data; {INSTALL}") from error
 
 _TRIES = 3
-"""Times that a bucket is tried again whose worker died: rows that kill every worker must not do so for ever."""
+"""Times that a bucket is tried again whose worker died; by then a row that kills workers is known and passed over."""
 _BLOCK = 1 << 10
 """Bytes above which Ray closes a block: every bucket is one of its own, to be handed to whoever is free."""
 
@@ -37,14 +39,17 @@ def on_ray(work: Work, workers: int | None) -> Iterator[Explained]:
 
     workers: by default one for each accelerator that Ray knows, or one
 
-    Raises InputError where a worker cannot be made, or dies again and again.
+    Raises InputError where a worker cannot be made, or dies again and again whatever it has in hand.
     """
+    hand = Hand(work.folder)
+    hand.empty()
     with _connected(workers):
         try:
             for batch in _lines(work, workers).iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0):
                 yield from map(pickle.loads, batch[_COLUMN].to_pylist())
         except ray.exceptions.RayError as error:
             raise _told(error) from error
+    hand.empty()
 
 
 def _lines(work: Work, workers: int | None) -> Dataset:
@@ -55,7 +60,7 @@ def _lines(work: Work, workers: int | None) -> Dataset:
         warnings.filterwarnings("ignore", message=".*ray_remote_args_fn", category=DeprecationWarning)
         return read_datasource(_Buckets(work), override_num_blocks=1, num_cpus=0).map_batches(
             _Worker,
-            fn_constructor_args=(work.method, work.max_new_tokens),
+            fn_constructor_args=(work.method, work.max_new_tokens, work.folder),
             batch_size=1,
             compute=ActorPoolStrategy(size=workers or max(1, gpus)),
             num_gpus=1 if gpus else None,
@@ -86,13 +91,13 @@ class _Buckets(Datasource):
 class _Worker:
     """Explains buckets with a model of its own."""
 
-    def __init__(self, recipe: Recipe, max_new_tokens: int) -> None:
+    def __init__(self, recipe: Recipe, max_new_tokens: int, folder: Path) -> None:
         from flashtrace_plugin.runs.explain import Explainer
 
-        self.explainer = Explainer(recipe.made(), max_new_tokens)
+        self.explainer, self.hand = Explainer(recipe.made(), max_new_tokens), Hand(folder)
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[bytes]]:
-        found = (self.explainer.lines(pickle.loads(bucket)) for bucket in batch[_COLUMN])
+        found = (self.hand.explained(pickle.loads(bucket), self.explainer.lines) for bucket in batch[_COLUMN])
         return {_COLUMN: [pickle.dumps(Explained(self.explainer.fingerprint, lines)) for lines in found]}
 
 

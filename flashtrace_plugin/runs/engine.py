@@ -119,7 +119,7 @@ def run(
         if retry:
             folder.forget_failures()
         before, earlier = len(folder.done), len(folder.failed)
-        work = Work(source, folder.done, cut, method, max_new_tokens)
+        work = Work(source, folder.done, cut, method, max_new_tokens, folder.path)
         with _bar(source, before, progress) as bar:
             for explained in _ray(work, workers) if chosen == "ray" else _local(work):
                 folder.know(explained.fingerprint)
@@ -131,13 +131,14 @@ def run(
 
 @dataclass(frozen=True)
 class Work:
-    """What is to be done: rows, those that are done, and who explains them."""
+    """What is to be done: rows, those that are done, who explains them, and the folder of the results."""
 
     source: DataSet
     done: Mapping[int, str]
     cut: Cut
     method: Method | Recipe
     max_new_tokens: int
+    folder: Path
 
     def buckets(self) -> Iterator[Bucket]:
         """The rows that are left."""
