@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flashtrace_plugin.cli.flags import Device, Dtype, Kernel, ModelName, Pickle, RemoteCode
+from flashtrace_plugin.cli import options as o
 from flashtrace_plugin.cli.inputs import typed_options
 from flashtrace_plugin.errors import InputError
 
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from flashtrace_plugin.runs.engine import Summary
 
 _ROWS: dict[str, Any] = {"rich_help_panel": "Rows"}
-_METHOD: dict[str, Any] = {"rich_help_panel": "Method"}
 _RUN: dict[str, Any] = {"rich_help_panel": "Run"}
 
 _SOME_FAILED = 3
@@ -41,27 +40,16 @@ def run_command(
     max_new_tokens: Annotated[
         int, typer.Option(min=1, help="Most tokens that the model writes where a row has no generation.", **_ROWS)
     ] = 512,
-    model: ModelName = "reasoner",
-    dtype: Dtype = "auto",
-    device: Device = None,
-    attn_implementation: Kernel = None,
-    trust_remote_code: RemoteCode = False,
-    allow_pickle: Pickle = False,
-    method: Annotated[
-        str, typer.Option(help="Name of a method; 'flashtrace-plugin methods' lists them.", **_METHOD)
-    ] = "recommended",
-    option: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--option",
-            "-o",
-            metavar="NAME=VALUE",
-            help="Any option of the method. --NAME VALUE is the same.",
-            **_METHOD,
-        ),
-    ] = None,
+    model: o.ModelOption = "reasoner",
+    dtype: o.DtypeOption = "auto",
+    device: o.DeviceOption = None,
+    attn_implementation: o.AttentionOption = None,
+    trust_remote_code: o.RemoteCodeOption = False,
+    allow_pickle: o.PickleOption = False,
+    method: o.MethodOption = "recommended",
+    option: o.SettingOption = None,
     yes: Annotated[
-        bool, typer.Option("--yes", help="Also explain what takes more than --max-cost.", **_METHOD)
+        bool, typer.Option("--yes", help="Also explain what takes more than --max-cost.", **o.METHOD)
     ] = False,
     batch: Annotated[int, typer.Option(min=1, help="Rows that are explained and saved together.", **_RUN)] = 16,
     window: Annotated[int, typer.Option(min=1, help="Rows read ahead to be sorted by length.", **_RUN)] = 1024,
