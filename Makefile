@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lock benchmark clean
+.PHONY: demo test docs lock benchmark clean
 
 demo: .venv/installed
 	$(BIN)/python -m flashtrace_plugin.demo
@@ -24,6 +24,10 @@ benchmark: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
+
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir build/site
+	@echo "the site is in build/site, and needs no network: $(BIN)/python -m http.server --directory build/site --bind 127.0.0.1"
 
 # Writes what is installed in .venv now, less torch and the packages that torch itself brings.
 lock:
