@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -43,6 +44,9 @@ class _BridgeSource:
         checked_bridge(self.bridge)
         verify(self.bridge, input_ids)
         return capture_bridge(self.bridge, input_ids, rows)
+
+    def layers_together(self, texts: Sequence[Tensor], rows: Sequence[Tensor]) -> list[list[Layer]]:
+        return [self.layers(ids[None], own) for ids, own in zip(texts, rows, strict=True)]
 
     def describe(self) -> dict[str, Any]:
         """``logits_checked`` is False where the bridge could not be compared with its Hugging Face model yet."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -58,6 +58,22 @@ _MOST_HOPS = 64
 """Hops chosen by themselves stop here in any case; where each keeps 90 %, a thousandth is left."""
 
 
+_Question = TypeVar("_Question")
+_Answer = TypeVar("_Answer")
+_Result = TypeVar("_Result")
+
+
+def answered(asking: Generator[_Question, _Answer, _Result], answer: Callable[[_Question], _Answer]) -> _Result:
+    """What a generator returns whose questions are all answered by one function."""
+    reply: Any = None
+    while True:
+        try:
+            question = asking.send(reply)
+        except StopIteration as end:
+            return end.value
+        reply = answer(question)
+
+
 def recurse(
     step: Callable[[Tensor], Tensor], initial: Tensor, through: Tensor, hops: int | None, shift: int = 0
 ) -> Recursion:
@@ -75,8 +91,15 @@ def recurse(
 
     Without mass on ``through`` there is nothing to follow: the remaining of a given number of hops stay zero.
     """
+    return answered(recursing(initial, through, hops, shift), step)
+
+
+def recursing(
+    initial: Tensor, through: Tensor, hops: int | None, shift: int = 0
+) -> Generator[Tensor, Tensor, Recursion]:
+    """:func:`recurse` for who makes steps of several texts at once: asks for the importance of weights, one by one."""
     most, enough = (_MOST_HOPS, ENOUGH) if hops is None else (hops, 0.0)
-    alphas, rhos, carried = [step(initial)], [], 1.0
+    alphas, rhos, carried = [(yield initial)], [], 1.0
     scores = torch.zeros_like(alphas[0])
     while True:
         scores += carried * alphas[-1]
@@ -84,7 +107,7 @@ def recurse(
         carried *= float(rhos[-1])
         if len(alphas) > most or carried <= enough:
             break
-        alphas.append(step(_shifted(alphas[-1] * through, shift)))
+        alphas.append((yield _shifted(alphas[-1] * through, shift)))
     missing = 0 if hops is None else hops + 1 - len(alphas)
     pad = torch.nn.functional.pad
     return Recursion(

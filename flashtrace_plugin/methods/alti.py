@@ -39,6 +39,10 @@ class ALTI(Method):
     hop_cost = 0.35  # as FlashTrace's, with a projection of all positions; .3 to .4
     options: _ALTIOptions
 
+    def recorded(self, task: Task) -> Tensor:
+        """Every position up to the last that may carry weight."""
+        return torch.arange(int(task.rows[-1]) + 1)
+
     def start(self, task: Task) -> Step:
         """One forward pass that records every position."""
         layers = task.record_all().layers

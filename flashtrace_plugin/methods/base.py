@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from flashtrace_plugin.attribution import Attribution
 from flashtrace_plugin.core.recursion import Rows
-from flashtrace_plugin.errors import InputError, MethodError
+from flashtrace_plugin.errors import FlashTraceError, InputError, MethodError
 from flashtrace_plugin.methods.cost import check_cost, hops_ahead
-from flashtrace_plugin.methods.driver import Step, drive
-from flashtrace_plugin.methods.options import Declared, Driving, Options, declared, driven
+from flashtrace_plugin.methods.driver import Found, Step, drive
+from flashtrace_plugin.methods.options import Declared, Driving, Options, declared, driven, one_of
 from flashtrace_plugin.methods.task import Task
 from flashtrace_plugin.models.modes import same_function_modes, without_autocast
 from flashtrace_plugin.models.read.source import source_for
@@ -45,6 +46,8 @@ class Method(ABC):
     hop_cost:     forward passes that a hop takes, see :meth:`cost`
     cost_of:      what the cost grows with, as refused runs are told
     cheaper:      its own options that take less, the better ones first
+    recorded:     ``recorded(task)`` gives the positions [r] that :meth:`start` reads by ``task.record``, so that short
+                  texts can be run together; None for a method that reads the model in another way
 
     model:     a Hugging Face causal language model, or a TransformerBridge of TransformerLens
     tokenizer: the model's tokenizer; only texts need it
@@ -58,6 +61,7 @@ class Method(ABC):
     hop_cost: ClassVar[float] = 1.0
     cost_of: ClassVar[str] = "one forward pass, and more for every hop"
     cheaper: ClassVar[tuple[Mapping[str, Any], ...]] = ()
+    recorded: ClassVar[Callable[[Any, Task], Tensor] | None] = None
 
     @property
     def conserves(self) -> bool:
@@ -135,8 +139,7 @@ class Method(ABC):
         with ReasoningWarning where hops that were asked for find no reasoning to follow. The model is left as it was
         found.
         """
-        text = tokenize(self._need_tokenizer(), prompt, generation, self.end_ids())
-        return self.attribute_text(text, target=target, reasoning=reasoning)
+        return self._explained(*self._read(prompt, generation, target, reasoning))
 
     def attribute_ids(
         self,
@@ -167,15 +170,26 @@ class Method(ABC):
         text: from :func:`flashtrace_plugin.text.tokenize`, or from ids by :meth:`read_ids`
         target, reasoning: as for :meth:`attribute`
         """
-        where = self._located(text, target, reasoning)
+        return self._explained(text, self._located(text, target, reasoning))
+
+    def _explained(self, text: TokenizedText, where: Located) -> Attribution:
         with self._opened(text, where) as (task, autocast):
-            hops = self.driving.hops if "hops" in self.drives else 0
-            found = drive(
-                self.name, self.start(task), task, hops, asked=self._hops_asked, renormalise=self.renormalises
-            )
+            found = drive(self.name, self.start(task), task, **self._driven())
+        return self._put_together(text, where, found, autocast)
+
+    def _driven(self) -> dict[str, Any]:
+        """What the driver is told."""
+        hops = self.driving.hops if "hops" in self.drives else 0
+        return {"hops": hops, "asked": self._hops_asked, "renormalise": self.renormalises}
+
+    def _put_together(
+        self, text: TokenizedText, where: Located, found: Found, autocast: Mapping[str, Any]
+    ) -> Attribution:
+        """The result for a text, from what the driver found. autocast: see :meth:`_modes`"""
         numbers = dict(vars(found))
         # Options first, then what is known only after the run.
-        settings = self.settings() | self.source.describe() | autocast | _rules(where) | numbers.pop("settings")
+        settings = self.settings() | self.source.describe() | dict(autocast)
+        settings |= _rules(where) | numbers.pop("settings")
         if "hops" not in self.drives:
             settings = {k: v for k, v in settings.items() if k not in ("hops_followed", "mass_left")}
         explained = Attribution(
@@ -253,15 +267,22 @@ class Method(ABC):
     @contextmanager
     def _opened(self, text: TokenizedText, where: Located) -> Iterator[tuple[Task, dict[str, Any]]]:
         """The task of a text in the state in which methods run, and what results note of the caller's state."""
+        with self._modes() as autocast, ExitStack() as open_for_the_call:
+            yield self._open(text, where, open_for_the_call), autocast
+
+    @contextmanager
+    def _modes(self) -> Iterator[dict[str, Any]]:
+        """The state in which methods run, and what results note of the caller's."""
         # Tensors made in inference mode cannot be differentiated, whatever the caller's mode is.
-        with ExitStack() as open_for_the_call:
-            open_for_the_call.enter_context(same_function_modes())
-            open_for_the_call.enter_context(torch.inference_mode(False))
-            autocast = open_for_the_call.enter_context(without_autocast())
-            ids = self.source.check_ids(text.input_ids).clone()
-            task = self._task(ids, text.prompt_length, where.target, where.reasoning, open_for_the_call)
-            check_cost(self, task)
-            yield task, autocast
+        with same_function_modes(), torch.inference_mode(False), without_autocast() as autocast:
+            yield autocast
+
+    def _open(self, text: TokenizedText, where: Located, contexts: ExitStack) -> Task:
+        """The task of a text, once its ids and its cost are checked."""
+        ids = self.source.check_ids(text.input_ids).clone()
+        task = self._task(ids, text.prompt_length, where.target, where.reasoning, contexts)
+        check_cost(self, task)
+        return task
 
     def _contents(self, text: TokenizedText) -> tuple[Content, ...]:
         """Where the prompt's contents are: those of its messages, or what stands between special tokens."""
@@ -278,12 +299,19 @@ class Method(ABC):
         targets: Sequence[Where | None] | None = None,
         reasonings: Sequence[Where | None] | None = None,
         progress: bool = False,
-    ) -> list[Attribution]:
-        """Attributes several texts, one after the other, with the numbers of :meth:`attribute`.
+        errors: Literal["raise", "return"] = "raise",
+    ) -> list[Any]:
+        """Attributes several texts, with the numbers of :meth:`attribute` (to 1e-5).
 
-        Sequences are not padded into one tensor: a sequence long enough to be worth explaining fills the device
-        by itself, and padding would change what some families compute.
+        errors: what becomes of a text that cannot be attributed: "raise" raises its error, the first in the order of
+                the texts; "return" leaves the FlashTraceError in its place
+
+        result: an :class:`Attribution` for every text, in their order
+
+        Short texts of nearly one length share forward passes and hops, where the method and the model allow it; see
+        docs/batches.md. Every text is checked by itself, and one that fails takes no other with it.
         """
+        one_of("errors", errors, ("raise", "return"))
         if isinstance(prompts, str) or isinstance(generations, str):
             raise InputError("attribute_batch takes lists of texts; pass one text to attribute")
         n = len(prompts)
@@ -292,12 +320,20 @@ class Method(ABC):
             raise InputError(
                 f"prompts, generations, targets and reasonings must be equally long, got {[len(c) for c in columns]}"
             )
-        rows: Iterable[tuple[Any, ...]] = zip(*columns, strict=True)
-        if progress:
-            from tqdm.auto import tqdm
+        from flashtrace_plugin.methods.batch import run_batch
 
-            rows = tqdm(rows, total=n, desc=self.name)
-        return [self.attribute(p, g, target=t, reasoning=r) for p, g, t, r in rows]
+        texts = [partial(self._read, *row) for row in zip(*columns, strict=True)]
+        found = run_batch(self, texts, progress)
+        failed = next((one for one in found if isinstance(one, FlashTraceError)), None)
+        if failed is not None and errors == "raise":
+            raise failed
+        return found
+
+    def _read(
+        self, prompt: Prompt, generation: str, target: Where | None, reasoning: Where | None
+    ) -> tuple[TokenizedText, Located]:
+        text = tokenize(self._need_tokenizer(), prompt, generation, self.end_ids())
+        return text, self._located(text, target, reasoning)
 
     def read_ids(self, input_ids: Any, prompt_length: int) -> TokenizedText:
         """Token ids [N] or [1, N] as a tokenized text. Raises InputError for what are no ids of this model."""

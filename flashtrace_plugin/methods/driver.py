@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashtrace_plugin.core.recursion import Hop, Recursion, Rows, recurse, solve
+from flashtrace_plugin.core.recursion import Hop, Recursion, Rows, answered, recursing, solve
 from flashtrace_plugin.errors import InputError, MethodError, ReasoningWarning
 from flashtrace_plugin.methods.options import Hops
 from flashtrace_plugin.methods.task import Task
@@ -21,7 +21,7 @@ Step = Callable[[Tensor], Hop]
 
 
 @dataclass(frozen=True)
-class _Found:
+class Found:
     """What a run of a method found, as fields of an Attribution."""
 
     scores: Tensor
@@ -37,7 +37,7 @@ class _Found:
 
 def drive(
     name: str, begun: Step | Rows, task: Task, hops: Hops, *, asked: bool = True, renormalise: bool = False
-) -> _Found:
+) -> Found:
     """Runs the hops and puts together what they found.
 
     name:        of the method, for errors
@@ -48,21 +48,31 @@ def drive(
 
     Raises MethodError for a hop that no attribution can be made of.
     """
-    step, task, sinks = stepping(name, begun, task)
+    asking = driving(name, begun, task, hops, asked=asked, renormalise=renormalise)
+    return answered(asking, step_of(begun, task))
+
+
+def driving(
+    name: str, begun: Step | Rows, task: Task, hops: Hops, *, asked: bool, renormalise: bool
+) -> Generator[Tensor, Hop, Found]:
+    """:func:`drive` for who makes hops of several texts at once: asks for the hop of weights [N], one by one."""
+    task, sinks = yield from _without_sinks(name, task)
     done: list[Hop] = []
 
-    def checked_step(weights: Tensor) -> Tensor:
-        done.append(one_step(name, step, weights, task, done))
+    def alpha(hop: Hop, weights: Tensor) -> Tensor:
+        done.append(_closed(checked(name, hop, task, done), weights, task))
         return done[-1].alpha * task.kept
 
     follow = bool(task.through.any())
     if asked and hops and hops != "auto" and not follow:
         _warn_without_reasoning(name, hops)
     if hops == inf and follow:
-        found = _all_at_once(name, begun, task, checked_step)
+        _check_rows(name, begun)
+        alpha((yield task.initial), task.initial)  # also run as a step, for what else it tells
+        found = _all_at_once(begun, task)
     else:
         most = 0 if not follow else hops if isinstance(hops, int) else None
-        found = recurse(checked_step, task.initial, task.through, most, task.shift)
+        found = yield from _each(recursing(task.initial, task.through, most, task.shift), alpha)
     length = hops if isinstance(hops, int) else len(found.hop_scores) - 1
     followed = "all" if hops == inf and follow else len(done) - 1
     facts: dict[str, Any] = {"hops_followed": followed, "mass_left": found.left}
@@ -76,17 +86,39 @@ def drive(
     )
 
 
+def _each(
+    recursion: Generator[Tensor, Tensor, Recursion], alpha: Callable[[Hop, Tensor], Tensor]
+) -> Generator[Tensor, Hop, Recursion]:
+    """A recursion that is sent hops, of which ``alpha`` takes the importance."""
+    importance: Any = None
+    while True:
+        try:
+            weights = recursion.send(importance)
+        except StopIteration as end:
+            return end.value
+        importance = alpha((yield weights), weights)
+
+
+def step_of(begun: Step | Rows, task: Task) -> Step:
+    """A method's step."""
+    return replace(begun, alpha=begun.alpha * task.kept).step if isinstance(begun, Rows) else begun
+
+
 def stepping(name: str, begun: Step | Rows, task: Task) -> tuple[Step, Task, Tensor | None]:
     """A method's step, the task without what is left out as a sink, and where sinks are if they were asked for."""
-    step = replace(begun, alpha=begun.alpha * task.kept).step if isinstance(begun, Rows) else begun
+    step = step_of(begun, task)
+    return step, *answered(_without_sinks(name, task), step)
+
+
+def _without_sinks(name: str, task: Task) -> Generator[Tensor, Hop, tuple[Task, Tensor | None]]:
     if task.sinks == "keep":
-        return step, task, None
+        return task, None
     # A prompt of one token has nothing to be measured by.
     measured = bool(task.neutral.any())
-    sinks = _sinks(checked(name, step(task.neutral_weights), task), task) if measured else task.neutral
+    sinks = _sinks(checked(name, (yield task.neutral_weights), task), task) if measured else task.neutral
     if task.sinks == "drop":
         task = replace(task, kept=task.kept & ~sinks, through=task.through & ~sinks)
-    return step, task, sinks
+    return task, sinks
 
 
 def one_step(name: str, step: Step, weights: Tensor, task: Task, before: Sequence[Hop] = ()) -> Hop:
@@ -124,15 +156,17 @@ def sink_facts(sinks: Tensor, first: Hop, task: Task) -> dict[str, Any]:
     return {"sink_share": share, "sink_positions": sinks.nonzero()[:, 0].tolist()}
 
 
-def _all_at_once(name: str, begun: Step | Rows, task: Task, step: Callable[[Tensor], Tensor]) -> Recursion:
-    """Every hop by one triangular solve; the target's own is also run as a step, for what else it tells."""
+def _all_at_once(begun: Any, task: Task) -> Recursion:
+    """Every hop by one triangular solve."""
+    return solve(replace(begun, alpha=begun.alpha * task.kept), task.initial, task.through, task.shift)
+
+
+def _check_rows(name: str, begun: Step | Rows) -> None:
     if not isinstance(begun, Rows):
         raise InputError(
             f"hops=inf needs a row of importance for every token, which {name!r} has not; use hops='auto', or "
             "RecursiveAttribution"
         )
-    step(task.initial)
-    return solve(replace(begun, alpha=begun.alpha * task.kept), task.initial, task.through, task.shift)
 
 
 def _warn_without_reasoning(name: str, hops: Hops) -> None:
@@ -141,7 +175,7 @@ def _warn_without_reasoning(name: str, hops: Hops) -> None:
         "the target, so the target is explained directly. Pass reasoning=... (a piece of the text or positions), "
         "format=... for markers that are not in the table, or hops=0 if there is none",
         ReasoningWarning,
-        stacklevel=5,
+        stacklevel=7,
     )
 
 
@@ -154,7 +188,7 @@ def _closed(hop: Hop, weights: Tensor, task: Task) -> Hop:
 
 def _assembled(
     found: Recursion, hops: Sequence[Hop], task: Task, asked: int, renormalise: bool, facts: dict[str, Any]
-) -> _Found:
+) -> Found:
     """Fields of an Attribution; hops that had no mass to follow stay zero."""
 
     def padded(values: Tensor) -> Tensor:
@@ -168,7 +202,7 @@ def _assembled(
     edits = {} if hops[0].edit_shares is None else {"edit_shares": shares("edit_shares", 1)}
     scores = found.scores[: task.prompt_length].clone()
     total = scores.sum()
-    return _Found(
+    return Found(
         scores=scores / total if renormalise and total > 0 else scores,
         hop_scores=padded(found.hop_scores),
         reasoning_mass=padded(found.reasoning_mass),

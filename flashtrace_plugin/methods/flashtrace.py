@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from flashtrace_plugin.methods.base import Method
 from flashtrace_plugin.methods.driver import Step
 from flashtrace_plugin.methods.options import driven
-from flashtrace_plugin.methods.task import Task
+from flashtrace_plugin.methods.task import FlowStep, Task
 
 
 class FlashTrace(Method):
@@ -26,4 +28,8 @@ class FlashTrace(Method):
 
     def start(self, task: Task) -> Step:
         """One forward pass; a hop is one pass over the recorded layers."""
-        return task.record().hop
+        return FlowStep(task.record())
+
+    def recorded(self, task: Task) -> Tensor:
+        """The positions that may carry weight."""
+        return task.rows

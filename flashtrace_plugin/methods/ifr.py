@@ -33,6 +33,10 @@ class IFR(Method):
         """One forward pass, and a part of one for every row."""
         return 1 + ROW_COST * len(task.target_rows)
 
+    def recorded(self, task: Task) -> Tensor:
+        """The positions of the target."""
+        return task.rows
+
     def start(self, task: Task) -> Step:
         """One forward pass; the one step attributes every target position by itself."""
         recorded = task.record()

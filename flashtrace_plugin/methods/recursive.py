@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from typing import Any, Union
 
@@ -36,6 +36,10 @@ class RecursiveAttribution(Method):
     def cost(self, task: Task) -> float:
         """One forward pass, and a part of one for every row; hops are products with the matrix."""
         return 1 + ROW_COST * len(task.rows)
+
+    def recorded(self, task: Task) -> Tensor:
+        """The positions that may carry weight."""
+        return task.rows
 
     def start(self, task: Task) -> Rows:
         """One forward pass and one hop for every row."""
@@ -191,6 +195,9 @@ class _MatrixSource:
         return ids
 
     def layers(self, input_ids: Tensor, rows: Tensor) -> list[Layer]:
+        raise UnsupportedModelError("a matrix has no layers")
+
+    def layers_together(self, texts: Sequence[Tensor], rows: Sequence[Tensor]) -> list[list[Layer]]:
         raise UnsupportedModelError("a matrix has no layers")
 
     def describe(self) -> dict[str, Any]:

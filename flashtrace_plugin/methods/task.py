@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flashtrace_plugin.core.flow.closure import closure, closure_tolerance
 from flashtrace_plugin.core.flow.edits import with_edits
-from flashtrace_plugin.core.flow.hop import Shares, one_hop, row_hops
+from flashtrace_plugin.core.flow.hop import Shares, hops_together, one_hop, row_hops
 from flashtrace_plugin.core.flow.layer import Layer
 from flashtrace_plugin.core.recursion import Hop
 from flashtrace_plugin.errors import ClosureError
@@ -37,6 +37,7 @@ class Task:
     sinks:     "keep", "report" or "drop", see the driver's option
     special:   [N] bool  tokens that begin, end or pad a text or belong to a chat template
     contexts:  closed when the call ends; for what a method holds open from its start to its last hop
+    read_ahead: rows and layers that were read together with those of other texts
     """
 
     source: Source
@@ -52,6 +53,7 @@ class Task:
     special: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
     contexts: ExitStack = field(default_factory=ExitStack)
     recorded: list[Recorded] = field(default_factory=list)
+    read_ahead: list[tuple[Tensor, list[Layer]]] = field(default_factory=list)
 
     @property
     def length(self) -> int:
@@ -96,11 +98,15 @@ class Task:
         rows: [r]  positions to read, increasing; by default those that may carry weight
         """
         rows = self.rows if rows is None else rows
-        stop = self.length if self.source.whole_text() else int(rows[-1]) + 1
-        layers = with_edits(self.source.layers(self.input_ids[:, :stop], rows))
+        known = [layers for at, layers in self.read_ahead if torch.equal(at, rows)]
+        layers = with_edits(known[0] if known else self.source.layers(self.read_for(rows), rows))
         found = Recorded(layers, rows, self.length, self.source.describe().get("family", "this model"))
         self.recorded.append(found)
         return found
+
+    def read_for(self, rows: Tensor) -> Tensor:
+        """The ids that are run to record these rows. result: [1, n]"""
+        return self.input_ids[:, : self.length if self.source.whole_text() else int(rows[-1]) + 1]
 
     def record_all(self) -> Recorded:
         """Layers with every position up to the last that may carry weight."""
@@ -118,7 +124,9 @@ class Recorded:
 
     def hop(self, weights: Tensor) -> Hop:
         """One hop of FlashTrace from weights [N] over all positions."""
-        found = one_hop(self.layers, weights[self.rows], self.length)
+        return self._hop(one_hop(self.layers, weights[self.rows], self.length))
+
+    def _hop(self, found: Shares) -> Hop:
         self._check(found.closure_error, found.worst_layer)
         return found.mixed(torch.ones(1, dtype=torch.float32))
 
@@ -142,3 +150,21 @@ class Recorded:
                 f"(relative gap {error:.1e}, bound {bound:.0e}). The block is not what its family's layout says, or a "
                 "hook changes what lies between its heads and the stream, so any attribution of it would be wrong"
             )
+
+
+@dataclass(frozen=True)
+class FlowStep:
+    """One hop of FlashTrace as a method's step, which several texts can make together."""
+
+    recorded: Recorded
+
+    def __call__(self, weights: Tensor) -> Hop:
+        return self.recorded.hop(weights)
+
+    @staticmethod
+    def together(steps: Sequence[FlowStep], weights: Sequence[Tensor]) -> list[Hop]:
+        """The hop of each from its weights [N]. Raises ClosureError if one of them does not close."""
+        each = [step.recorded for step in steps]
+        rows = [w[one.rows] for one, w in zip(each, weights, strict=True)]
+        found = hops_together([one.layers for one in each], rows, [one.length for one in each])
+        return [one._hop(shares) for one, shares in zip(each, found, strict=True)]

@@ -19,7 +19,7 @@ def closure(layers: Sequence[Layer], weights: Tensor) -> tuple[float, int]:
     It costs one weighted flow per layer; a hop computes the same gaps on its way.
     """
     stop = last_position(layers[0], weights) + 1
-    gaps = torch.stack([_gap(layer, weights.to(layer.v.device), stop).cpu() for layer in layers])
+    gaps = torch.cat([_gap(layer, weights.to(layer.v.device), stop).cpu() for layer in layers])
     return float(gaps.max()), int(gaps.argmax())
 
 
@@ -42,26 +42,26 @@ def read_values(layer: Layer, w: Tensor, stop: int) -> tuple[Tensor, Tensor]:
 
 
 def closure_gap(layer: Layer, w: Tensor, flow: Tensor, v: Tensor, W_O: Tensor, t: Tensor, r: Tensor) -> Tensor:
-    """How far the parts are from the whole: |t - r - sum_h sum_j c^h_j - bias|_1 over the size of the write.
+    """How far the parts are from the whole: |t - r - sum_h sum_j c^h_j - bias|_1 over the size of the write. [B]
 
     It costs O(N d) because sum_j c^h_j = (flow^h v^h) W_O^h, and checks every weighted row at once. The floor
     absorbs the rounding of the residual stream itself where attention writes next to nothing.
     """
-    group = flow.shape[1] // v.shape[0]
-    z = torch.einsum("bgqj,gjd->bgqd", flow.unflatten(1, (-1, group)), v.float()).flatten(1, 2)
+    group = flow.shape[1] // v.shape[-3]
+    z = (flow.unflatten(1, (-1, group)) @ v.float()).flatten(1, 2)
     parts = torch.einsum("bhd,hdm->bm", z, W_O) + w.sum(-1)[:, None] * layer.output_bias()
     write = (t - r).abs().sum(-1)
-    return ((t - r - parts).abs().sum(-1) / (write + closure_floor(layer) * t.abs().sum(-1))).max()
+    return (t - r - parts).abs().sum(-1) / (write + closure_floor(layer) * t.abs().sum(-1))
 
 
 def mlp_gap(layer: Layer, weights: Tensor, t: Tensor) -> Tensor:
     """How far stream, MLP and edits are from the layer's output, over the size of what the MLP writes.
 
-    weights: [B, rows]; t: [B, d], the weighted stream after attention
+    weights: [B, rows]; t: [B, d], the weighted stream after attention; result: [B]
     """
     u, m = row_sum(weights, layer.resid_post), row_sum(weights, layer.mlp_out)
     e = 0.0 if layer.edit is None else row_sum(weights, layer.edit)
-    return ((u - t - m - e).abs().sum(-1) / (m.abs().sum(-1) + closure_floor(layer) * u.abs().sum(-1))).max()
+    return (u - t - m - e).abs().sum(-1) / (m.abs().sum(-1) + closure_floor(layer) * u.abs().sum(-1))
 
 
 def closure_floor(layer: Layer) -> float:
@@ -75,8 +75,8 @@ def closure_tolerance(dtype: torch.dtype) -> float:
 
 
 def row_sum(weights: Tensor, resid: Tensor) -> Tensor:
-    """Weighted sum of rows in float32. weights: [B, rows]; resid: [rows, d]; result: [B, d]"""
-    return weights @ resid.float()
+    """Weighted sum of rows in float32. weights: [B, rows]; resid: [rows, d] or [B, rows, d]; result: [B, d]"""
+    return weights @ resid.float() if resid.dim() == 2 else (weights[:, None] @ resid.float())[:, 0]
 
 
 def last_position(layer: Layer, weights: Tensor) -> int:

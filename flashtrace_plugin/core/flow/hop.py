@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from flashtrace_plugin.core.flow.closure import closure_gap, last_position, mlp_
 from flashtrace_plugin.core.flow.layer import Layer
 from flashtrace_plugin.core.flow.pattern import pattern_rows
 from flashtrace_plugin.core.flow.proximity import proximity, source_proximity
+from flashtrace_plugin.core.flow.stack import stackable, stacked
 from flashtrace_plugin.core.recursion import Hop
 
 _ROW_BLOCK = 32
@@ -27,8 +28,7 @@ class Shares:
     residual_shares: [B, L]
     mlp_shares:      [B, L]     Eq. 21, reported beside the token scores
     edit_shares:     [B, L]     share of what something else put into the layer's output; None: nothing did
-    closure_error:   float      largest relative gap of the decomposition over layers
-    worst_layer:     int        the layer with that gap
+    gaps:            [B, L]     relative gap of the decomposition
     """
 
     alpha: Tensor
@@ -36,8 +36,23 @@ class Shares:
     residual_shares: Tensor
     mlp_shares: Tensor
     edit_shares: Tensor | None
-    closure_error: float
-    worst_layer: int
+    gaps: Tensor
+
+    @property
+    def closure_error(self) -> float:
+        """The largest gap."""
+        return float(self.gaps.max())
+
+    @property
+    def worst_layer(self) -> int:
+        """The layer with the largest gap."""
+        return int(self.gaps.max(0).values.argmax())
+
+    def of(self, row: int, length: int) -> Shares:
+        """Those of one target vector, over its first positions."""
+        one = slice(row, row + 1)
+        parts = {name: None if value is None else value[one] for name, value in vars(self).items()}
+        return Shares(**parts | {"alpha": self.alpha[one, :length]})  # type: ignore[arg-type]
 
     def mixed(self, weights: Tensor) -> Hop:
         """The weighted mean of the B rows as one hop. weights: [B], sum 1"""
@@ -78,15 +93,27 @@ def row_hops(layers: Sequence[Layer], rows: Tensor, length: int) -> Shares:
     The cost is B times that of the proximity in :func:`one_hop`; the flow costs the same.
     """
     blocks = [_row_block(layers, part, length) for part in rows.split(_ROW_BLOCK)]
-    worst = max(blocks, key=lambda b: b.closure_error)
-    return replace(
-        worst,
-        alpha=torch.cat([b.alpha for b in blocks]),
-        head_shares=torch.cat([b.head_shares for b in blocks]),
-        residual_shares=torch.cat([b.residual_shares for b in blocks]),
-        mlp_shares=torch.cat([b.mlp_shares for b in blocks]),
-        edit_shares=None if worst.edit_shares is None else torch.cat([b.edit_shares for b in blocks]),  # type: ignore
-    )
+    parts = {
+        name: None if value is None else torch.cat([getattr(block, name) for block in blocks])
+        for name, value in vars(blocks[0]).items()
+    }
+    return Shares(**parts)  # type: ignore[arg-type]
+
+
+def hops_together(texts: Sequence[Sequence[Layer]], weights: Sequence[Tensor], lengths: Sequence[int]) -> list[Shares]:
+    """:func:`one_hop` of several texts through one model, layer by layer at once.
+
+    texts:   layers of each;  weights: [rows] of each;  lengths: N of each
+    """
+    if not all(stackable(layers) for layers in texts):
+        return [one_hop(*each) for each in zip(texts, weights, lengths, strict=True)]
+    shares = []
+    for layer, w in (stacked(own, weights) for own in zip(*texts, strict=True)):
+        through = layer.attention_weights(w)
+        shares.append(_layer_shares(layer, w, through, layer.pattern.flow(through), layer.v))
+    stop = shares[0].tokens.shape[1]
+    found = _assemble(texts[0], shares, max(stop, *lengths), stop)
+    return [found.of(i, length) for i, length in enumerate(lengths)]
 
 
 def _row_block(layers: Sequence[Layer], rows: Tensor, length: int) -> Shares:
@@ -120,12 +147,12 @@ def _joined(rows: Sequence[_LayerShares]) -> _LayerShares:
         residual=torch.cat([row.residual for row in rows]),
         mlp=torch.cat([row.mlp for row in rows]),
         edit=torch.cat([row.edit for row in rows]),
-        gap=torch.stack([row.gap for row in rows]).max(),
+        gap=torch.cat([row.gap for row in rows]),
     )
 
 
 def _layer_shares(layer: Layer, weights: Tensor, w: Tensor, flow: Tensor, v: Tensor) -> _LayerShares:
-    """Shares of one layer. weights, w: [B, rows]; flow: [B, H, stop]; v: [H_kv, stop, d_h]; Eq. 16-21."""
+    """Shares of one layer. weights, w: [B, rows]; flow: [B, H, stop]; v: [(B,) H_kv, stop, d_h]; Eq. 16-21."""
     t = row_sum(weights, layer.resid_mid)
     r = row_sum(weights, layer.resid_pre)
     u = row_sum(weights, layer.resid_post)
@@ -153,13 +180,11 @@ def _assemble(layers: Sequence[Layer], shares: Sequence[_LayerShares], length: i
     def stack(name: str) -> Tensor:
         return torch.stack([getattr(s, name).cpu() for s in shares], 1)
 
-    gaps = torch.stack([s.gap.cpu() for s in shares])
     return Shares(
         alpha=torch.nn.functional.pad(stack("tokens").sum(1), (0, length - stop)),
         head_shares=stack("heads"),
         residual_shares=stack("residual"),
         mlp_shares=stack("mlp"),
         edit_shares=None if all(layer.edit is None for layer in layers) else stack("edit"),
-        closure_error=float(gaps.max()),
-        worst_layer=int(gaps.argmax()),
+        gaps=stack("gap"),
     )

@@ -40,12 +40,16 @@ def source_proximity(flow: Tensor, v: Tensor, W_O: Tensor, t: Tensor) -> Tensor:
     be N·H·d numbers, so they are made and reduced block by block.
 
     flow:   [B, H, N]       one set of flows per target vector
-    v:      [H_kv, N, d_h]
+    v:      [H_kv, N, d_h]  or [B, H_kv, N, d_h], where every target vector is of another text
     W_O:    [H, d_h, d]     float32, post-norm gain folded in
     t:      [B, d]          aggregated targets, float32
     result: [B, H, N]       float32
     """
-    return torch.stack([_one_target(f, v, W_O, target) for f, target in zip(flow, t, strict=True)])
+    if v.dim() == 3:
+        return torch.stack([_one_target(f, v, W_O, target) for f, target in zip(flow, t, strict=True)])
+    size = max(1, block_bytes(t.device, _BLOCK_BYTES) // (4 * flow.shape[-1] * t.shape[-1]))
+    parts = zip(flow.split(size), v.split(size), t.split(size), strict=True)
+    return torch.cat([_of_texts(f, own, W_O, targets) for f, own, targets in parts])
 
 
 def _one_target(flow: Tensor, v: Tensor, W_O: Tensor, t: Tensor) -> Tensor:
@@ -67,6 +71,20 @@ def _one_target(flow: Tensor, v: Tensor, W_O: Tensor, t: Tensor) -> Tensor:
             into = block[: rows * len(bound)].view(rows, len(bound))
             over = torch.addmm(bound, z[part], along[h][:, live], out=into)
             out[h, part] = linear[part] - 2 * over.relu_().sum(-1)
+    return out.clamp_min_(0)
+
+
+def _of_texts(flow: Tensor, v: Tensor, W_O: Tensor, t: Tensor) -> Tensor:
+    """flow: [B, H, N], v: [B, H_kv, N, d_h], t: [B, d] -> [B, H, N], as :func:`_one_target` for each of B texts"""
+    if len(flow) == 1:
+        return _one_target(flow[0], v[0], W_O, t[0])[None]  # which leaves out channels that cannot matter
+    group, out = flow.shape[1] // v.shape[1], torch.empty_like(flow)
+    sign, below = _sign(t)[:, None], -t.abs()[:, None]
+    for h in range(flow.shape[1]):
+        along = W_O[h] * sign
+        z = flow[:, h, :, None] * v[:, h // group].float()
+        over = torch.baddbmm(below, z, along)
+        out[:, h] = (z @ along.sum(-1, keepdim=True))[..., 0] - 2 * over.relu_().sum(-1)
     return out.clamp_min_(0)
 
 

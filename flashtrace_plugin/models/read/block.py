@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -18,15 +18,34 @@ from flashtrace_plugin.models.read.layouts import Layout, Reader
 from flashtrace_plugin.models.read.projection import by_head
 
 
+class Texts:
+    """Sequences that run in one forward pass, the shorter ones padded at the right, where causal models never look.
+
+    ids:  of each sequence, [n]
+    rows: [r] of each, positions that may carry weight, increasing
+    """
+
+    def __init__(self, ids: Sequence[Tensor], rows: Sequence[Tensor]) -> None:
+        self.rows, self.lengths = list(rows), [len(one) for one in ids]
+        # A token of the text itself, because models warn of padding ids, and some compute otherwise for them.
+        longest = max(self.lengths)
+        self.input_ids = torch.stack([torch.cat([one, one[-1:].expand(longest - len(one))]) for one in ids])
+        self.flat_rows = torch.cat([i * longest + one for i, one in enumerate(self.rows)])
+
+    def of_each(self, values: Tensor | None, dim: int = 0) -> Sequence[Tensor | None]:
+        """Values at all rows as those of every text."""
+        return [None] * len(self.rows) if values is None else values.split([len(one) for one in self.rows], dim)
+
+
 class BlockRecorder:
     """Notes the parts of one block at the rows that may carry weight, and keys and values at all positions.
 
-    name: family and layer, for errors
-    rows: [r] positions that may carry weight, increasing
+    name:  family and layer, for errors
+    texts: the sequences that are run together, and their rows
     """
 
-    def __init__(self, block: nn.Module, layout: Layout, rows: Tensor, name: str, masks: MaskReader) -> None:
-        self.block, self.layout, self.rows, self.name, self.masks = block, layout, rows, name, masks
+    def __init__(self, block: nn.Module, layout: Layout, texts: Texts, name: str, masks: MaskReader) -> None:
+        self.block, self.layout, self.texts, self.name, self.masks = block, layout, texts, name, masks
         self.attn = self.submodule(layout.attn)
         if isinstance(getattr(self.attn, "indexer", None), nn.Module):
             raise UnsupportedModelError(
@@ -35,7 +54,7 @@ class BlockRecorder:
             )
         self.post_gain = None if layout.post_norm is None else self._gain(layout.post_norm)
         self.seen: dict[str, Tensor] = {}
-        self.pattern: QKPattern | None = None
+        self.read: list[tuple[QKPattern, Tensor]] = []
 
     def submodule(self, path: str) -> nn.Module:
         """A part of the block. Raises UnsupportedModelError, saying what the block has instead."""
@@ -100,19 +119,28 @@ class BlockRecorder:
         return hook
 
     def _pick(self, value: Tensor | tuple[Tensor, ...]) -> Tensor:
-        """The rows of a [1, N, d] or [N, d] activation, copied because some families go on to write in place."""
+        """The rows of a [B, N, d] or [B N, d] activation, copied because some families go on to write in place."""
         resid = (value if isinstance(value, Tensor) else value[0]).detach()
-        return resid.reshape(-1, resid.shape[-1])[self.rows.to(resid.device)]
+        return resid.reshape(-1, resid.shape[-1])[self.texts.flat_rows.to(resid.device)]
 
     def attention(self, module: nn.Module, call: AttentionCall) -> None:
         """Notes what the block's attention module works with."""
-        rows = self.rows.to(call.q.device)
         first_key, bias = self.masks.read(call)
-        self.seen["v"] = call.v.detach()[0].clone()
-        self.pattern = QKPattern(
+        k, v = call.k.detach().clone(), call.v.detach().clone()
+        each = enumerate(zip(self.texts.rows, self.texts.lengths, strict=True))
+        self.read = [
+            (self._pattern(call, b, rows.to(call.q.device), k[b, :, :length], first_key, bias), v[b, :, :length])
+            for b, (rows, length) in each
+        ]
+
+    def _pattern(
+        self, call: AttentionCall, text: int, rows: Tensor, k: Tensor, first_key: Tensor | None, bias: Tensor | None
+    ) -> QKPattern:
+        """The pattern of one of the texts; without padding that it could see, masks are those of every text."""
+        return QKPattern(
             positions=rows,
-            q=call.q.detach()[0, :, rows],
-            k=call.k.detach()[0].clone(),
+            q=call.q.detach()[text, :, rows],
+            k=k,
             scaling=call.options.get("scaling") or call.q.shape[-1] ** -0.5,
             first_key=first_key,
             softcap=call.options.get("softcap"),
@@ -120,34 +148,45 @@ class BlockRecorder:
             bias=bias if bias is None or bias.shape[1] == 1 else bias[:, rows],
         )
 
-    def layer(self) -> Layer:
-        """The record of this block. Raises UnsupportedModelError or ClosureError if the layout does not fit it."""
-        pattern, seen = self._complete(), self.seen
+    def layers(self) -> list[Layer]:
+        """The block's record of every text. Raises UnsupportedModelError or ClosureError if its layout is wrong."""
+        heads, seen = self._complete(), self.seen
         multiplier = self._multiplier(seen["resid_post"])
         out_scale = 1.0 if self.layout.out_scale is None else self._number(self.layout.out_scale)
         if out_scale != 1.0:
             seen.update({name: seen[name] / out_scale for name in ("written", "resid_post")})
         mid, mlp_out = self._branches(multiplier)
-        W_O, b_O = self._output(pattern.q.shape[0])
-        return Layer(
-            pattern=pattern,
-            # Flash attention is given MLA's values padded to the width of its keys.
-            v=seen["v"][..., : W_O.shape[1]],
-            W_O=W_O,
-            b_O=b_O,
-            resid_pre=seen["resid_pre"],
-            resid_mid=mid,
-            resid_post=seen["resid_post"],
-            mlp_out=mlp_out,
-            post_gain=multiplier if self.post_gain is None else self.post_gain,
-            post_scale=seen.get("post_scale"),
-            z_gate=None if self.layout.gate is None else _gate(seen["gate"], pattern.q.shape[0]),
-            out_scale=out_scale,
+        W_O, b_O = self._output(heads)
+        gate = None if self.layout.gate is None else _gate(seen["gate"], heads)
+        of_each = self.texts.of_each
+        parts = zip(
+            self.read,
+            *map(of_each, (seen["resid_pre"], mid, seen["resid_post"], mlp_out, seen.get("post_scale"))),
+            of_each(gate, 1),
+            strict=True,
         )
+        return [
+            Layer(
+                pattern=pattern,
+                # Flash attention is given MLA's values padded to the width of its keys.
+                v=v[..., : W_O.shape[1]],
+                W_O=W_O,
+                b_O=b_O,
+                resid_pre=resid_pre,
+                resid_mid=resid_mid,
+                resid_post=resid_post,
+                mlp_out=mlp,
+                post_gain=multiplier if self.post_gain is None else self.post_gain,
+                post_scale=post_scale,
+                z_gate=z_gate,
+                out_scale=out_scale,
+            )
+            for (pattern, v), resid_pre, resid_mid, resid_post, mlp, post_scale, z_gate in parts
+        ]
 
-    def _complete(self) -> QKPattern:
-        """The pattern, once everything that the layout names has been seen."""
-        if self.pattern is None:
+    def _complete(self) -> int:
+        """The number of heads, once everything that the layout names has been seen."""
+        if not self.read:
             raise UnsupportedModelError(
                 f"{self.name}: {type(self.attn).__name__} does not hand its queries and keys to transformers' "
                 "attention interface; load the model with attn_implementation='eager' or 'sdpa', or give its Layout "
@@ -156,12 +195,12 @@ class BlockRecorder:
         missing = [name for _, _, name in self._taps() if name not in self.seen and not name.startswith("norm_")]
         if missing:
             raise UnsupportedModelError(f"{self.name} never showed its {', '.join(missing)}; its layout is wrong")
-        self._check_widths(self.pattern)
-        return self.pattern
+        pattern, v = self.read[0]
+        self._check_widths(2 * len(pattern.q) * v.shape[-1])
+        return len(pattern.q)
 
-    def _check_widths(self, pattern: QKPattern) -> None:
+    def _check_widths(self, gate: int) -> None:
         width = self.seen["resid_pre"].shape[-1]
-        gate = 2 * pattern.q.shape[0] * self.seen["v"].shape[-1]
         for path, side, name in self._taps():
             wanted, what = (gate, "queries and gates") if name == "gate" else (width, "the stream")
             if name in self.seen and self.seen[name].shape[-1] != wanted:
@@ -188,7 +227,7 @@ class BlockRecorder:
 
     def _output(self, heads: int) -> tuple[Tensor, Tensor | None]:
         """The output projection by head, which must fit what the heads have read and the stream they write to."""
-        v, path = self.seen["v"], self.layout.W_O
+        v, path = self.read[0][1], self.layout.W_O
         W_O, b_O = by_head(self.submodule(path), heads, v, self.name)
         width = self.seen["resid_pre"].shape[-1]
         if W_O.shape[1] > v.shape[-1] or W_O.shape[2] != width:

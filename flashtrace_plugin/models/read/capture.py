@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from flashtrace_plugin.core.flow.layer import Layer
 from flashtrace_plugin.errors import ClosureError, InputError, UnsupportedModelError
 from flashtrace_plugin.models.read.attention import MaskReader, recording
-from flashtrace_plugin.models.read.block import BlockRecorder
+from flashtrace_plugin.models.read.block import BlockRecorder, Texts
 from flashtrace_plugin.models.read.layouts import Layout, layout_of, transformer_blocks
 from flashtrace_plugin.models.user_hooks import whole_text
 from flashtrace_plugin.models.view import view_of
@@ -30,6 +30,9 @@ _LOGIT_TOLERANCE = 1e-5
 
 _verified: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 """Models whose logits were compared, and the kernel of attention that they had then."""
+
+_together: weakref.WeakKeyDictionary[nn.Module, tuple[str, bool]] = weakref.WeakKeyDictionary()
+"""Models that were run on two texts at once, the kernel of attention then, and whether a text had its own logits."""
 
 
 def capture(model: PreTrainedModel, input_ids: Tensor, rows: Tensor) -> list[Layer]:
@@ -46,16 +49,36 @@ def capture(model: PreTrainedModel, input_ids: Tensor, rows: Tensor) -> list[Lay
     with torch.no_grad():
         if _verified.get(model) != _kernel_name(model):
             _verify_logits(model, input_ids if whole_text(model) else input_ids[:, :_CHECKED_TOKENS])
-        recorders, _ = _record(view_of(model), layout, input_ids, rows)
-        return [recorder.layer() for recorder in recorders]
+        (layers,) = _layers(view_of(model), layout, Texts([input_ids[0]], [rows]))
+        return layers
 
 
-def _record(
-    view: PreTrainedModel, layout: Layout, input_ids: Tensor, rows: Tensor
-) -> tuple[list[BlockRecorder], Tensor]:
-    masks, family = MaskReader(), _family_name(view)
+def capture_together(model: PreTrainedModel, texts: Sequence[Tensor], rows: Sequence[Tensor]) -> list[list[Layer]]:
+    """:func:`capture` of several texts in one forward pass, or in one each where that would change the numbers.
+
+    texts: ids [n] of each;  rows: [r] of each
+
+    Texts after a row cannot change it, except where :func:`whole_text` says so, so the shorter ones are padded at the
+    right. That this is so for the model and its kernel is looked at once, by its logits, before it is relied upon.
+    """
+    layout = layout_of(model)
+    apart = whole_text(model) or len(texts) == 1 or not runs_together(model, texts)
+    if apart:
+        return [capture(model, ids[None], own) for ids, own in zip(texts, rows, strict=True)]
+    with torch.no_grad():
+        return _layers(view_of(model), layout, Texts(texts, rows))
+
+
+def _layers(view: PreTrainedModel, layout: Layout, texts: Texts) -> list[list[Layer]]:
+    """The layers of every text."""
+    recorders, _ = _record(view, layout, texts)
+    return [list(layers) for layers in zip(*(recorder.layers() for recorder in recorders), strict=True)]
+
+
+def _record(view: PreTrainedModel, layout: Layout, texts: Texts) -> tuple[list[BlockRecorder], Tensor]:
+    masks, family, input_ids = MaskReader(), _family_name(view), texts.input_ids
     recorders = [
-        BlockRecorder(block, layout, rows, f"{family}, layer {i}", masks)
+        BlockRecorder(block, layout, texts, f"{family}, layer {i}", masks)
         for i, block in enumerate(transformer_blocks(view))
     ]
     _check_apart(recorders)
@@ -65,7 +88,7 @@ def _record(
         for recorder in recorders:
             recorder.watch(stack)
         stack.callback(view.get_input_embeddings().register_forward_pre_hook(_same_ids(input_ids)).remove)
-        logits = _last_logits(view, input_ids)
+        logits = _last_logits(view, input_ids, texts.lengths)
     if not bool(torch.isfinite(logits).all()):
         raise InputError(
             "the model's activations are not finite (NaN or infinity in the logits); "
@@ -108,22 +131,29 @@ def _kernel_name(model: PreTrainedModel) -> str:
     return str(model.config.get_text_config()._attn_implementation)
 
 
-def _last_logits(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
-    """Logits of the last position [vocabulary]; the others are never computed where the model can skip them."""
-    # As a position: told how many, Gemma 4 computes its last layers for those rows only.
-    keep = {"logits_to_keep": torch.tensor([input_ids.shape[1] - 1])}
-    options = keep if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    return model(input_ids=input_ids, use_cache=False, **options).logits[0, -1]
+def _last_logits(model: PreTrainedModel, input_ids: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Logits of each last position [B, vocabulary]; others are never computed where the model can skip them."""
+    ends = sorted(set(lengths))
+    at = [ends.index(length) for length in lengths]
+    # As positions: told how many, Gemma 4 computes its last layers for those rows only.
+    keep = torch.tensor(ends) - 1
+    options = {"logits_to_keep": keep} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    logits = model(input_ids=input_ids, use_cache=False, **options).logits
+    return (logits if options else logits[:, keep])[range(len(at)), at]
 
 
 def logit_gap(model: PreTrainedModel, input_ids: Tensor) -> float:
     """Largest difference between the last logits with and without recording, relative to the largest logit."""
-    view = view_of(model)
+    view, length = view_of(model), input_ids.shape[1]
     with torch.no_grad():
-        plain = _last_logits(view, input_ids)
-        last = torch.tensor([input_ids.shape[1] - 1])
-        _, recorded = _record(view, layout_of(model), input_ids, last)
-    return float((plain - recorded).abs().max() / plain.abs().max())
+        plain = _last_logits(view, input_ids, [length])
+        last = torch.tensor([length - 1])
+        _, recorded = _record(view, layout_of(model), Texts([input_ids[0]], [last]))
+    return _gap(plain, recorded)
+
+
+def _gap(plain: Tensor, other: Tensor) -> float:
+    return float((plain - other).abs().max() / plain.abs().max())
 
 
 def _verify_logits(model: PreTrainedModel, input_ids: Tensor) -> None:
@@ -135,3 +165,25 @@ def _verify_logits(model: PreTrainedModel, input_ids: Tensor) -> None:
             f"{gap:.1e}, bound {_LOGIT_TOLERANCE:.0e}); load it with attn_implementation='eager' or 'sdpa'"
         )
     _verified[model] = _kernel_name(model)
+
+
+def runs_together(model: PreTrainedModel, texts: Sequence[Tensor]) -> bool:
+    """Whether texts padded at the right have the logits that they have alone: looked at once per model and kernel.
+
+    Half precision rounds differently in larger products, so that its texts are mostly run apart.
+    """
+    known = _together.get(model)
+    if known is None or known[0] != _kernel_name(model):
+        known = _together[model] = _kernel_name(model), together_gap(model, texts) <= _LOGIT_TOLERANCE
+    return known[1]
+
+
+def together_gap(model: PreTrainedModel, texts: Sequence[Tensor]) -> float:
+    """Largest difference between the last logits of a text alone and beside a longer one, as :func:`logit_gap`."""
+    shorter = min(texts, key=len)[:_CHECKED_TOKENS]
+    longer = torch.cat([shorter.flip(0), shorter[: max(1, len(shorter) // 2)]])
+    view, lengths = view_of(model), [len(shorter), len(longer)]
+    with torch.no_grad():
+        alone = _last_logits(view, shorter[None], lengths[:1])
+        _, beside = _record(view, layout_of(model), Texts([shorter, longer], [torch.tensor([n - 1]) for n in lengths]))
+    return _gap(alone, beside[:1])

@@ -88,7 +88,8 @@ def bloom(module: Any, note: Note) -> Iterator[None]:
     with _keywords(module) as given:
 
         def see(qkv: tuple[Tensor, Tensor, Tensor], fused: Tensor) -> None:
-            options = {"scaling": module.inv_norm_factor, "position_bias": given["alibi"][None]}
+            alibi = given["alibi"].unflatten(0, (-1, module.num_heads))
+            options = {"scaling": module.inv_norm_factor, "position_bias": alibi}
             note(module, AttentionCall("eager", *qkv, given["attention_mask"], options))
 
         with _seeing(module, "_reshape", see):
@@ -147,7 +148,7 @@ def _falcon_bias(alibi: Tensor, module: Any, kernel: str) -> Tensor:
     """What is added to the scores [1, H, 1, N], with the model's own rounding of what its mask holds."""
     in_mask = alibi / math.sqrt(module.head_dim)
     bias = in_mask if kernel == "sdpa" else in_mask.float() + alibi.float() * module.inv_norm_factor
-    return bias.reshape(1, module.num_heads, 1, -1)
+    return bias.reshape(-1, module.num_heads, 1, bias.shape[-1])
 
 
 def _causal(mask: Tensor | None) -> Tensor | None:

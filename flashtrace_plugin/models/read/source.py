@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -33,6 +34,10 @@ class Source(Protocol):
 
     def layers(self, input_ids: Tensor, rows: Tensor) -> list[Layer]:
         """Records of all layers for ids [1, N]; ``rows`` [r] are the positions that may carry weight, increasing."""
+        ...
+
+    def layers_together(self, texts: Sequence[Tensor], rows: Sequence[Tensor]) -> list[list[Layer]]:
+        """:meth:`layers` of several texts [n], with the same numbers; in one forward pass where that can be."""
         ...
 
     def describe(self) -> dict[str, Any]:
@@ -71,6 +76,11 @@ class _HuggingFaceSource:
         from flashtrace_plugin.models.read.capture import capture
 
         return capture(self.model, input_ids, rows)
+
+    def layers_together(self, texts: Sequence[Tensor], rows: Sequence[Tensor]) -> list[list[Layer]]:
+        from flashtrace_plugin.models.read.capture import capture_together
+
+        return capture_together(self.model, texts, rows)
 
     def describe(self) -> dict[str, Any]:
         return {
