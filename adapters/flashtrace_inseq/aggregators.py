@@ -46,7 +46,8 @@ class HopAggregator(PartAggregator):
 
     Args:
         hop (:obj:`int`, `optional`): 0 for the target's own sources, 1 for the sources of the reasoning that hop 0
-            found, and so on. Default: the total, which counts the prompt only.
+            found, and so on. Default: the total, which counts the prompt only where reasoning was followed;
+            ``part="everywhere"`` counts the generation, too.
     """
 
     aggregator_name = "hops"

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar
 
 from inseq.utils import Registry
-from inseq.utils.typing import TokenWithId
 from tqdm.auto import tqdm
 
 from flashtrace_inseq import outputs
 from flashtrace_inseq.inputs import Wanted
-from flashtrace_inseq.methods import PluginAttribution
+from flashtrace_inseq.methods import Explained, PluginAttribution, Read, failed
 from flashtrace_inseq.outputs import FlashTraceSequenceOutput
 from flashtrace_plugin.errors import ReasoningWarning
+from flashtrace_plugin.methods.batch import caught
 from flashtrace_plugin.methods.heta import HETA
 from flashtrace_plugin.methods.heta.options import PRESETS
 from flashtrace_plugin.positions import Positions
@@ -50,11 +52,16 @@ class TokenByToken(PluginAttribution, Registry):
         return self.core.preset(host.model, host.tokenizer, preset, **rest, progress=progress)
 
     def explain(
-        self, method: Any, text: TokenizedText, labels: list[TokenWithId], where: Wanted
-    ) -> FlashTraceSequenceOutput:
-        """The result for one input: a column for the target, or one for each generated token."""
-        if where.target is not None:
-            return super().explain(method, text, labels, where)
+        self, method: Any, texts: Sequence[Read], where: Sequence[Wanted], progress: bool, clean: bool
+    ) -> list[Explained]:
+        """The result for every input: a column for its target, or one for each generated token."""
+        if any(one.target is not None for one in where):
+            return super().explain(method, texts, where, progress, clean)
+        rows = tqdm(zip(texts, where, strict=True), self.method_name, len(texts), disable=not progress)
+        return [one if failed(one) else caught(partial(self._each, method, one, w, clean)) for one, w in rows]
+
+    def _each(self, method: Any, text: TokenizedText, where: Wanted, clean: bool) -> FlashTraceSequenceOutput:
+        """A column for each generated token of one input."""
         span = where.between(text)
         ignored = method.ignored(text.input_ids)
         # If all are ignored, the first is refused by the method, in its words.
@@ -67,7 +74,7 @@ class TokenByToken(PluginAttribution, Registry):
                 # Tokens before the reasoning's end have none to follow, which is as it should be.
                 warnings.simplefilter("ignore", ReasoningWarning)
             found = [quiet.attribute_text(text, target=i, reasoning=_before(text, where.reasoning, i)) for i in bar]
-        return outputs.columns(labels, span, found)
+        return outputs.columns(self.labels(text.input_ids.tolist(), clean), span, found)
 
 
 def _before(text: TokenizedText, reasoning: Positions | str | None, position: int) -> Positions | str | None:

@@ -1,15 +1,16 @@
 """What every method of ``flashtrace_plugin`` is in Inseq; the classes themselves are made from the registry.
 
-They hold no maths: each runs its namesake of ``flashtrace_plugin`` on token ids. Inputs go one by one, because
-Inseq's padded batches give decoder-only models wrong positions, and no hook stays on the model between calls.
+They hold no maths: each runs its namesake of ``flashtrace_plugin`` on token ids. Inseq's own batches are not used:
+they are padded at the left, which gives some decoders other positions. No hook stays on the model between calls.
 """
 
 from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
+from functools import partial
 from textwrap import TextWrapper
 from typing import Any, ClassVar
 
@@ -17,21 +18,32 @@ from inseq.attr import STEP_SCORES_MAP, FeatureAttribution
 from inseq.data import FeatureAttributionOutput
 from inseq.utils import Registry
 from inseq.utils.typing import TokenWithId
-from tqdm.auto import tqdm
 
 from flashtrace_inseq import outputs
 from flashtrace_inseq.inputs import Wanted, checked_texts, encode, labelled, wanted
 from flashtrace_inseq.kernels import without_stored_patterns
 from flashtrace_inseq.outputs import FlashTraceSequenceOutput
 from flashtrace_plugin.attribution import plain
-from flashtrace_plugin.errors import InputError
+from flashtrace_plugin.errors import FlashTraceError, InputError
 from flashtrace_plugin.methods.base import Method, options_of
+from flashtrace_plugin.methods.batch import caught
 from flashtrace_plugin.text import TokenizedText
 
 _GIVEN = (
     "a piece of the generated text, or token positions from the start of the prompt, negative ones from the end: "
     "[start, stop], a slice, or one position; for several inputs also a list with one for each"
 )
+
+
+Read = Any
+"""A TokenizedText, or the FlashTraceError of an input that could not be read."""
+Explained = Any
+"""A FlashTraceSequenceOutput, or the FlashTraceError of an input that could not be explained."""
+
+
+def failed(one: Any) -> bool:
+    """Whether it stands for an input that failed."""
+    return isinstance(one, FlashTraceError)
 
 
 # Registry is a base once more, because Inseq takes every other subclass for a method with a name.
@@ -115,7 +127,10 @@ class PluginAttribution(FeatureAttribution, Registry):
         prompts, texts = checked_texts(sources, targets)
         function, function_args = self.attribution_model.get_attributed_fn(attributed_fn), attributed_fn_args or {}
         options = self._check_options(attribution_args or {}, function_args)
-        options = self._attributed(function, function_args, options)
+        if function is STEP_SCORES_MAP["contrast_logits_diff"] and "against" in self.options():
+            options |= self._contrasted(options, function_args, prompts, texts)
+        else:
+            options = self._attributed(function, function_args, options)
         self._warn_unused(options, kwargs | {"batch_size": batch_size if len(texts) > 1 else None})
         info = kwargs | {
             "attributed_fn": function.__name__,
@@ -124,30 +139,58 @@ class PluginAttribution(FeatureAttribution, Registry):
         }
         target, reasoning = (options.pop(name, None) for name in ("target", "reasoning"))
         method = self.build(options, show_progress)
-        rows = zip(prompts, texts, wanted(target, reasoning, len(texts), attr_pos_start, attr_pos_end), strict=True)
-        bar = tqdm(rows, self.method_name, len(texts), disable=not show_progress or len(texts) == 1)
-        how = {"special": not skip_special_tokens, "clean": clean_special_chars}
+        where = wanted(target, reasoning, len(texts), attr_pos_start, attr_pos_end)
+        read = [
+            caught(partial(self._read, method, *pair, special=not skip_special_tokens))
+            for pair in zip(prompts, texts, strict=True)
+        ]
         with without_stored_patterns(self.attribution_model.model):
-            found = [self._one(method, prompt, text, where, **how) for prompt, text, where in bar]
-        return [self._output(found, info | {"exec_time": (datetime.now() - begin).total_seconds()})]
+            found = self.explain(method, read, where, show_progress and len(texts) > 1, clean_special_chars)
+        items = self._in_place(found, texts)
+        return [self._output(items, info | {"exec_time": (datetime.now() - begin).total_seconds()})]
 
     def build(self, options: dict[str, Any], progress: bool) -> Method:
         """The method that does the work."""
         return self.core(self.attribution_model.model, self.attribution_model.tokenizer, **options)
 
     def explain(
-        self, method: Any, text: TokenizedText, labels: list[TokenWithId], where: Wanted
-    ) -> FlashTraceSequenceOutput:
-        """The result for one input."""
-        found = method.attribute_text(text, target=where.chosen(text), reasoning=where.reasoning)
-        return outputs.laid_out(labels, found)
+        self, method: Any, texts: Sequence[Read], where: Sequence[Wanted], progress: bool, clean: bool
+    ) -> list[Explained]:
+        """The result for every input, or its error.
 
-    def _one(
-        self, method: Method, prompt: str, text: str, where: Wanted, special: bool, clean: bool
-    ) -> FlashTraceSequenceOutput:
-        ids, prompt_length = encode(self.attribution_model, prompt, text, special)
-        labels = labelled(self.attribution_model, ids, clean)
-        return self.explain(method, method.read_ids(ids, prompt_length), labels, where)
+        texts: the inputs, with errors in the places of those that could not be read
+        clean: whether labels are without the tokenizer's marks
+        """
+        chosen = [one if failed(one) else caught(partial(w.chosen, one)) for one, w in zip(texts, where, strict=True)]
+        found = method.attribute_texts(
+            [target if failed(target) else one for one, target in zip(texts, chosen, strict=True)],
+            targets=chosen,
+            reasonings=[one.reasoning for one in where],
+            progress=progress,
+            errors="return",
+        )
+        return [one if failed(one) else outputs.laid_out(self.labels(one.token_ids, clean), one) for one in found]
+
+    def labels(self, ids: Iterable[int], clean: bool) -> list[TokenWithId]:
+        """The tokens as Inseq shows them."""
+        return labelled(self.attribution_model, ids, clean)
+
+    def _read(self, method: Method, prompt: str, text: str, special: bool) -> TokenizedText:
+        return method.read_ids(*encode(self.attribution_model, prompt, text, special))
+
+    def _in_place(self, found: Sequence[Explained], texts: Sequence[str]) -> list[FlashTraceSequenceOutput]:
+        """What was found, with the reason in the place of an input that failed. Raises its error if all did."""
+        bad = {i: str(one) for i, one in enumerate(found) if failed(one)}
+        if len(bad) == len(found):
+            raise found[0]
+        if bad:
+            first = next(iter(bad))
+            warnings.warn(
+                f"{self.method_name!r} could not explain {len(bad)} of {len(found)} inputs; their places hold the "
+                f"reason, and flashtrace_inseq.failures(out) lists them. Input {first}: {bad[first]}",
+                stacklevel=4,
+            )
+        return [outputs.not_explained(texts[i], bad[i]) if i in bad else one for i, one in enumerate(found)]
 
     def _check_steps(self, step_scores: list[str] | None, output_step_attributions: bool) -> None:
         if step_scores or output_step_attributions:
@@ -183,11 +226,43 @@ class PluginAttribution(FeatureAttribution, Registry):
         if objective is None:
             raise InputError(
                 f"{told}: {self.method_name!r} explains an objective of its own; {_LEAVE_OUT}: objective='logit', "
-                "objective='log_probability', or objective='contrast' with against='…'"
+                "objective='log_probability', or objective='contrast' with against='…'. Of Inseq's it takes logit, "
+                "probability with logprob=True, and contrast_logits_diff with contrast_targets"
             )
         if options.get("objective", objective) != objective:
             raise InputError(f"{told} and objective={options['objective']!r} are two objectives; use one")
         return options | {"objective": objective}
+
+    def _contrasted(
+        self, options: dict[str, Any], args: dict[str, Any], prompts: list[str], texts: list[str]
+    ) -> dict[str, Any]:
+        """The options that explain a token against that of another text, where the two first differ.
+
+        Raises InputError for contrasts that are no such text.
+        """
+        other = args.get("contrast_targets")
+        others = [other] if isinstance(other, str) else other
+        if set(args) != {"contrast_targets"} or not isinstance(others, list) or list(map(type, others)) != [str]:
+            raise InputError(
+                f"contrast_logits_diff with {', '.join(sorted(args)) or 'nothing'}: {self.method_name!r} contrasts "
+                "one text with another: pass contrast_targets, a prompt and what might have followed it, alone"
+            )
+        if len(texts) > 1:
+            raise InputError(
+                f"one contrast for {len(texts)} inputs; attribute them one by one, each with its contrast"
+            )
+        (ids, _), (foils, _) = (encode(self.attribution_model, prompts[0], text) for text in (texts[0], others[0]))
+        first = next((i for i, (a, b) in enumerate(zip(ids, foils, strict=False)) if a != b), None)
+        if first is None:
+            raise InputError("the text and contrast_targets are one, or one begins like the other; nothing differs")
+        wanted = {"objective": "contrast", "against": foils[first], "target": first}
+        clash = [name for name in wanted if options.get(name) not in (None, wanted[name])]
+        if clash:
+            raise InputError(
+                f"contrast_targets first differs at token {first}, which is what is explained; leave out "
+                f"{', '.join(clash)}"
+            )
+        return wanted
 
     def _warn_unused(self, options: dict[str, Any], given: dict[str, Any]) -> None:
         """One warning for all that was given and changes nothing."""
@@ -197,8 +272,8 @@ class PluginAttribution(FeatureAttribution, Registry):
         ]
         if unused:
             warnings.warn(
-                f"{self.method_name!r} makes no use of {', '.join(unused)}: texts are attributed one by one, and "
-                "without baselines",
+                f"{self.method_name!r} makes no use of {', '.join(unused)}: which texts run together is found by "
+                "their lengths, and there are no baselines",
                 stacklevel=4,
             )
 
@@ -209,8 +284,8 @@ class PluginAttribution(FeatureAttribution, Registry):
     def _output(self, found: list[FlashTraceSequenceOutput], info: dict[str, Any]) -> FeatureAttributionOutput:
         common = {
             "attribution_method": self.method_name,
-            "attr_pos_start": min(item.attr_pos_start for item in found),
-            "attr_pos_end": max(item.attr_pos_end for item in found),
+            "attr_pos_start": min(item.attr_pos_start for item in found if item.target),
+            "attr_pos_end": max(item.attr_pos_end for item in found if item.target),
             "output_step_attributions": False,
             "step_scores": [],
         }

@@ -2,14 +2,16 @@
 
 A span is one thing to explain and gets one column: its tokens are merged into one, with id -1, as Inseq's own
 ``aggregate("spans")`` does. Rows are the tokens before the span; its own row is NaN, as always in Inseq for what a
-token is not attributed to. The third dimension, if there is one, holds the parts of the score, "total" first: in it,
-reasoning that was followed has 0, because its mass counts on the tokens that it came from.
+token is not attributed to. The third dimension, if there is one, holds the parts of the score, "total" first: where
+reasoning was followed it is that of the prompt, and the part "everywhere" has what was left on the generation as well,
+as on the markers of the thinking. Reasoning itself has 0 in both, because its mass counts on what it came from.
 
 Saved files name this module and the class below, so both names are part of the file format.
 """
 
 from __future__ import annotations
 
+import html
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +31,7 @@ from flashtrace_plugin.errors import InputError
 from flashtrace_plugin.spans import Span
 
 TOTAL = "total"
+EVERYWHERE = "everywhere"
 _NUMPY_NUMBER = re.compile(r"np\.float64\(([^)]*)\)")
 _DIMENSIONS = ("Input Tokens", "Generated Tokens", "Part")
 
@@ -122,6 +125,13 @@ class FlashTraceSequenceOutput(FeatureAttributionSequenceOutput):
             notebook.display(notebook.HTML(page))
         return page if return_html else None
 
+    def weight_attributions(self, step_fn_id: str) -> FlashTraceSequenceOutput:
+        """Raises InputError: there are no steps, and so no step scores to weigh them by."""
+        raise InputError(
+            f"a span is explained in one go and has no step score {step_fn_id!r}; compute step scores with "
+            "method='dummy' and multiply the columns of a method that has one for each token, such as 'ifr'"
+        )
+
     def __treescope_repr__(self, path: str, subtree_renderer: Any) -> Any:
         # As arrays, because treescope 0.1.10 cannot draw the tensors of torch 2.13.
         shown = {k: v.numpy() if isinstance(v, Tensor) else v for k, v in self.to_dict().items()}
@@ -139,6 +149,50 @@ class FlashTraceSequenceOutput(FeatureAttributionSequenceOutput):
                 if token.id < 0 and token.token == label:
                     token.token = tokenizer.decode(ids)
         return self
+
+
+@dataclass(eq=False, repr=False)
+class FailedSequenceOutput(FlashTraceSequenceOutput):
+    """What stands in the place of an input that could not be explained: no tokens, no scores, and the reason.
+
+    It is aggregated to itself, and shown as its text and reason.
+    """
+
+    _text: str = ""
+    _reason: str = ""
+
+    def __json_encode__(self) -> dict[str, Any]:
+        return super().__json_encode__() | {"_text": self._text, "_reason": self._reason}
+
+    def aggregate(self, aggregator: Any = None, aggregate_fn: Any = None, **options: Any) -> FlashTraceSequenceOutput:
+        """Itself, so that the others of its batch can be aggregated."""
+        return self
+
+    def show(self, *args: Any, display: bool = True, return_html: bool = False, **kwargs: Any) -> Any:
+        """The text and the reason, in the way the others show their table."""
+        told = f"{self._text!r} could not be explained: {self._reason}"
+        if display:
+            print(told)
+        return f"<p>{html.escape(told)}</p>" if return_html else None
+
+    show_granular = show_tokens = show
+
+    def get_scores_dicts(self, *args: Any, **kwargs: Any) -> dict[str, dict[str, Any]]:
+        """No scores."""
+        return {"source_attributions": {}, "target_attributions": {}, "step_scores": {}}
+
+
+def not_explained(text: str, reason: str) -> FailedSequenceOutput:
+    """What stands in the place of a text that could not be explained."""
+    nothing = torch.zeros(0, 0, dtype=torch.float32)
+    empty: dict[str, Any] = {"source": [], "target": [], "step_scores": {}, "sequence_scores": {}, "_attributions": []}
+    return FailedSequenceOutput(target_attributions=nothing, attr_pos_end=0, _text=text, _reason=reason, **empty)
+
+
+def failures(out: FeatureAttributionOutput) -> dict[int, str]:
+    """Why inputs could not be explained, by their place among the inputs."""
+    found = enumerate(out.sequence_attributions)
+    return {i: item._reason for i, item in found if isinstance(item, FailedSequenceOutput)}
 
 
 _CHOOSE = {"hops", "parts"}
@@ -224,7 +278,12 @@ def _column(a: Attribution, rows: int) -> tuple[Tensor, list[str]]:
     """
     start = a.target.start
     over_tokens = {name: c for name, c in a.components.items() if c.ndim == 1 and len(c) >= start}
-    parts = {TOTAL: a.source_totals} | {f"hop {k}": hop for k, hop in enumerate(a.hop_scores)} | over_tokens
+    everywhere = a.source_totals
+    parts = {TOTAL: everywhere} | {f"hop {k}": hop for k, hop in enumerate(a.hop_scores)} | over_tokens
+    if a.hops:
+        parts[EVERYWHERE] = everywhere
+        if a.reasoning is not None:
+            parts[TOTAL] = everywhere * (torch.arange(len(everywhere)) < a.prompt.stop)
     before = torch.stack([scores[:start] for scores in parts.values()], dim=1)
     return torch.cat([before, torch.full((rows - start, len(parts)), torch.nan, dtype=before.dtype)]), list(parts)
 
@@ -259,10 +318,12 @@ def sequence(
 def attributions(out: FeatureAttributionOutput) -> list[Attribution]:
     """The attributions behind a result: one for each span that was explained, in the order of the inputs.
 
+    Inputs that could not be explained have none; :func:`failures` names them.
     They hold what a table of tokens cannot: hops over all positions, the mass on the reasoning, shares of heads and
     MLPs. Aggregating, merging, saving and loading keep them. Raises InputError for a result of another method.
     """
-    return [found for item in out.sequence_attributions for found in attributions_of(item)]
+    explained = (item for item in out.sequence_attributions if not isinstance(item, FailedSequenceOutput))
+    return [found for item in explained for found in attributions_of(item)]
 
 
 def attributions_of(item: FeatureAttributionSequenceOutput) -> list[Attribution]:
@@ -280,7 +341,8 @@ def portable(out: FeatureAttributionOutput, **select: Any) -> FeatureAttribution
 
     select: what to keep, as for ``aggregate``: ``hop=1``, or ``part="…"``; by default the total
 
-    The spans go into ``info["spans"]``; hops and attributions stay behind.
+    The spans go into ``info["spans"]``, the reasons of inputs that could not be explained into ``info["failures"]``;
+    hops and attributions stay behind.
     """
     spans = [{name: getattr(a, name) for name in ("prompt", "reasoning", "target")} for a in attributions(out)]
     chosen = out.aggregate(**select)
@@ -290,4 +352,6 @@ def portable(out: FeatureAttributionOutput, **select: Any) -> FeatureAttribution
     chosen.info["spans"] = [
         {name: None if span is None else [span.start, span.stop] for name, span in item.items()} for item in spans
     ]
+    told = {str(i): reason for i, reason in failures(out).items()}
+    chosen.info |= {"failures": told} if told else {}
     return chosen

@@ -63,8 +63,8 @@ _Answer = TypeVar("_Answer")
 _Result = TypeVar("_Result")
 
 
-def answered(asking: Generator[_Question, _Answer, _Result], answer: Callable[[_Question], _Answer]) -> _Result:
-    """What a generator returns whose questions are all answered by one function."""
+def conducted(asking: Generator[_Question, _Answer, _Result], answer: Callable[[_Question], _Answer]) -> _Result:
+    """What a generator returns whose questions are all conducted by one function."""
     reply: Any = None
     while True:
         try:
@@ -91,7 +91,7 @@ def recurse(
 
     Without mass on ``through`` there is nothing to follow: the remaining of a given number of hops stay zero.
     """
-    return answered(recursing(initial, through, hops, shift), step)
+    return conducted(recursing(initial, through, hops, shift), step)
 
 
 def recursing(

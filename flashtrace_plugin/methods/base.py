@@ -15,6 +15,7 @@ from torch import Tensor
 from flashtrace_plugin.attribution import Attribution
 from flashtrace_plugin.core.recursion import Rows
 from flashtrace_plugin.errors import FlashTraceError, InputError, MethodError
+from flashtrace_plugin.methods.batch import caught, run_batch
 from flashtrace_plugin.methods.cost import check_cost, hops_ahead
 from flashtrace_plugin.methods.driver import Found, Step, drive
 from flashtrace_plugin.methods.options import Declared, Driving, Options, declared, driven, one_of
@@ -139,7 +140,7 @@ class Method(ABC):
         with ReasoningWarning where hops that were asked for find no reasoning to follow. The model is left as it was
         found.
         """
-        return self._explained(*self._read(prompt, generation, target, reasoning))
+        return self.attribute_text(self._read(prompt, generation), target=target, reasoning=reasoning)
 
     def attribute_ids(
         self,
@@ -228,7 +229,7 @@ class Method(ABC):
         Raises what :meth:`attribute` raises, InputError for units that do not fit and for too many steps, and
         MethodError for a method whose hops cannot explain a step by itself. See docs/graph.md.
         """
-        text = tokenize(self._need_tokenizer(), prompt, generation, self.end_ids())
+        text = self._read(prompt, generation)
         return self.graph_text(
             text, target=target, reasoning=reasoning, unit=unit, step_unit=step_unit, max_units=max_units
         )
@@ -311,7 +312,6 @@ class Method(ABC):
         Short texts of nearly one length share forward passes and hops, where the method and the model allow it; see
         docs/batches.md. Every text is checked by itself, and one that fails takes no other with it.
         """
-        one_of("errors", errors, ("raise", "return"))
         if isinstance(prompts, str) or isinstance(generations, str):
             raise InputError("attribute_batch takes lists of texts; pass one text to attribute")
         n = len(prompts)
@@ -320,20 +320,29 @@ class Method(ABC):
             raise InputError(
                 f"prompts, generations, targets and reasonings must be equally long, got {[len(c) for c in columns]}"
             )
-        from flashtrace_plugin.methods.batch import run_batch
+        texts = [caught(partial(self._read, *pair)) for pair in zip(prompts, generations, strict=True)]
+        return self.attribute_texts(texts, targets=targets, reasonings=reasonings, progress=progress, errors=errors)
 
-        texts = [partial(self._read, *row) for row in zip(*columns, strict=True)]
-        found = run_batch(self, texts, progress)
+    def attribute_texts(
+        self,
+        texts: Sequence[TokenizedText | FlashTraceError],
+        *,
+        targets: Sequence[Where | None] | None = None,
+        reasonings: Sequence[Where | None] | None = None,
+        progress: bool = False,
+        errors: Literal["raise", "return"] = "raise",
+    ) -> list[Any]:
+        """:meth:`attribute_batch` of tokenized texts, with an error in the place of each that could not be read."""
+        one_of("errors", errors, ("raise", "return"))
+        missing = [None] * len(texts)
+        found = run_batch(self, zip(texts, targets or missing, reasonings or missing, strict=True), progress)
         failed = next((one for one in found if isinstance(one, FlashTraceError)), None)
         if failed is not None and errors == "raise":
             raise failed
         return found
 
-    def _read(
-        self, prompt: Prompt, generation: str, target: Where | None, reasoning: Where | None
-    ) -> tuple[TokenizedText, Located]:
-        text = tokenize(self._need_tokenizer(), prompt, generation, self.end_ids())
-        return text, self._located(text, target, reasoning)
+    def _read(self, prompt: Prompt, generation: str) -> TokenizedText:
+        return tokenize(self._need_tokenizer(), prompt, generation, self.end_ids())
 
     def read_ids(self, input_ids: Any, prompt_length: int) -> TokenizedText:
         """Token ids [N] or [1, N] as a tokenized text. Raises InputError for what are no ids of this model."""

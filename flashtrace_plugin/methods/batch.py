@@ -7,7 +7,7 @@ texts of a pass in which one failed, so that every error is that of its own text
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -47,22 +47,28 @@ class Given:
 
 
 def run_batch(
-    method: Method, texts: Sequence[Callable[[], tuple[TokenizedText, Located]]], progress: bool
+    method: Method, rows: Iterable[tuple[TokenizedText | FlashTraceError, Any, Any]], progress: bool
 ) -> list[Result]:
     """The result of every text, or its error.
 
-    texts: each reads one text and finds what is to be explained in it, and may raise a FlashTraceError
+    rows: text, target and reasoning of each, or the error in the place of a text that could not be read
     """
-    read = [caught(text) for text in texts]
-    results: list[Any] = list(read)
-    given = [Given(i, *one) for i, one in enumerate(read) if not isinstance(one, FlashTraceError)]
-    with tqdm(total=len(texts), desc=method.name, disable=not progress) as bar:
-        bar.update(len(texts) - len(given))
-        for bucket in _buckets(given) if method.recorded is not None else [[one] for one in given]:
+    results: list[Any] = [caught(partial(_given, method, i, *row)) for i, row in enumerate(rows)]
+    given = [one for one in results if isinstance(one, Given)]
+    buckets = [[one] for one in given] if method.recorded is None else _buckets(given)
+    with tqdm(total=len(results), desc=method.name, disable=not progress) as bar:
+        bar.update(len(results) - len(given))
+        for bucket in buckets:
             for one, result in zip(bucket, _explained(method, bucket), strict=True):
                 results[one.index] = result
             bar.update(len(bucket))
     return results
+
+
+def _given(
+    method: Method, index: int, text: TokenizedText | FlashTraceError, target: Any, reasoning: Any
+) -> Given | FlashTraceError:
+    return text if isinstance(text, FlashTraceError) else Given(index, text, method._located(text, target, reasoning))
 
 
 def caught(call: Callable[[], _Value]) -> _Value | FlashTraceError:
@@ -73,7 +79,7 @@ def caught(call: Callable[[], _Value]) -> _Value | FlashTraceError:
         return error
 
 
-def _buckets(given: Sequence[Given]) -> Iterator[list[Given]]:
+def _buckets(given: Sequence[Given]) -> Iterable[list[Given]]:
     """Texts that run together, longest first, so that memory that does not suffice is known at once."""
     bucket: list[Given] = []
     for one in sorted(given, key=lambda one: -len(one.text.input_ids)):
@@ -111,7 +117,8 @@ def _together(method: Method, bucket: Sequence[Given]) -> Iterator[Attribution]:
 
 def _read_ahead(method: Method, tasks: Sequence[Task]) -> None:
     rows = [method.recorded(task) for task in tasks]  # type: ignore[misc]
-    ids = [task.read_for(own)[0] for task, own in zip(tasks, rows, strict=True)]
+    whole = method.source.whole_text()
+    ids = [task.read_for(own, whole)[0] for task, own in zip(tasks, rows, strict=True)]
     for task, own, layers in zip(tasks, rows, method.source.layers_together(ids, rows), strict=True):
         task.read_ahead.append((own, layers))
 

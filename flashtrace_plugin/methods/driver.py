@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashtrace_plugin.core.recursion import Hop, Recursion, Rows, answered, recursing, solve
+from flashtrace_plugin.core.recursion import Hop, Recursion, Rows, conducted, recursing, solve
 from flashtrace_plugin.errors import InputError, MethodError, ReasoningWarning
 from flashtrace_plugin.methods.options import Hops
 from flashtrace_plugin.methods.task import Task
@@ -49,7 +49,7 @@ def drive(
     Raises MethodError for a hop that no attribution can be made of.
     """
     asking = driving(name, begun, task, hops, asked=asked, renormalise=renormalise)
-    return answered(asking, step_of(begun, task))
+    return conducted(asking, step_of(begun, task))
 
 
 def driving(
@@ -107,7 +107,7 @@ def step_of(begun: Step | Rows, task: Task) -> Step:
 def stepping(name: str, begun: Step | Rows, task: Task) -> tuple[Step, Task, Tensor | None]:
     """A method's step, the task without what is left out as a sink, and where sinks are if they were asked for."""
     step = step_of(begun, task)
-    return step, *answered(_without_sinks(name, task), step)
+    return step, *conducted(_without_sinks(name, task), step)
 
 
 def _without_sinks(name: str, task: Task) -> Generator[Tensor, Hop, tuple[Task, Tensor | None]]:
@@ -175,7 +175,7 @@ def _warn_without_reasoning(name: str, hops: Hops) -> None:
         "the target, so the target is explained directly. Pass reasoning=... (a piece of the text or positions), "
         "format=... for markers that are not in the table, or hops=0 if there is none",
         ReasoningWarning,
-        stacklevel=7,
+        stacklevel=8,
     )
 
 

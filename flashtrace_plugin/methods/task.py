@@ -99,14 +99,16 @@ class Task:
         """
         rows = self.rows if rows is None else rows
         known = [layers for at, layers in self.read_ahead if torch.equal(at, rows)]
-        layers = with_edits(known[0] if known else self.source.layers(self.read_for(rows), rows))
+        layers = with_edits(
+            known[0] if known else self.source.layers(self.read_for(rows, self.source.whole_text()), rows)
+        )
         found = Recorded(layers, rows, self.length, self.source.describe().get("family", "this model"))
         self.recorded.append(found)
         return found
 
-    def read_for(self, rows: Tensor) -> Tensor:
-        """The ids that are run to record these rows. result: [1, n]"""
-        return self.input_ids[:, : self.length if self.source.whole_text() else int(rows[-1]) + 1]
+    def read_for(self, rows: Tensor, whole: bool) -> Tensor:
+        """The ids [1, n] that are run to record these rows; whole: what comes after the last may matter there."""
+        return self.input_ids[:, : self.length if whole else int(rows[-1]) + 1]
 
     def record_all(self) -> Recorded:
         """Layers with every position up to the last that may carry weight."""
