@@ -188,7 +188,9 @@ def test_a_method_registered_later_is_there_by_name_with_the_numbers_of_python(
     expected = core(hf, tokenizer, Late, hops=2)
     assert flashtrace_inseq.attributions(found) == [expected]
     assert expected.hop_scores[1].any()
-    assert found[0]._parts == ["total", "hop 0", "hop 1", "hop 2"], "a component that is not over tokens is no part"
+    assert found[0]._parts == ["total", "hop 0", "hop 1", "hop 2", "everywhere"], (
+        "a component that is not over tokens is no part"
+    )
     assert_same(inseq.load_model(hf, "late", tokenizer=tokenizer).attribute(PROMPT, TEXT, hops=2), found)
     found.save(tmp_path / "out.json")
     assert inseq.FeatureAttributionOutput.load(tmp_path / "out.json") == found
@@ -234,9 +236,9 @@ def test_flashtrace_is_the_core_method(hf, tokenizer, out):
     torch.testing.assert_close(scores[:n, 0, 0], expected.scores)
     followed = torch.zeros(start, dtype=torch.bool)
     followed[expected.reasoning.slice] = True
-    torch.testing.assert_close(scores[:start, 0, 0], expected.totals[:start] * ~followed)
-    assert (scores[n:start, 0, 0] > 0).any()
-    torch.testing.assert_close(scores[:start, 0, 1:].T, expected.hop_scores[:, :start])
+    torch.testing.assert_close(scores[:start, 0, -1], expected.totals[:start] * ~followed)
+    assert not scores[n:start, 0, 0].any() and (scores[n:start, 0, -1] > 0).any()
+    torch.testing.assert_close(scores[:start, 0, 1:-1].T, expected.hop_scores[:, :start])
     assert scores[start].isnan().all()
     assert flashtrace_inseq.attributions(out) == [expected]
 
@@ -251,7 +253,7 @@ def test_reasoning_that_is_not_followed_keeps_its_mass(hf, tokenizer, model):
 def test_recursive_is_the_core_method(hf, tokenizer, model):
     found = model.attribute(PROMPT, TEXT, method="recursive", hops=2)
     assert flashtrace_inseq.attributions(found) == [core(hf, tokenizer, RecursiveAttribution, hops=2)]
-    assert found[0].target_attributions.shape[1:] == (1, 4)
+    assert found[0].target_attributions.shape[1:] == (1, 5)
 
 
 def test_ifr_has_a_column_for_each_target_token(hf, tokenizer, model):
@@ -354,7 +356,7 @@ def test_a_span_is_one_merged_column(tokenizer, out):
     assert [t.token for t in item.source] == labels[:start]
     assert item.target[-1].token == "".join(labels[start:]) and item.target[-1].id == -1
     assert (item.attr_pos_end, len(item.target)) == (start + 1, start + 1)
-    assert item.target_attributions.shape == (start + 1, 1, 4)
+    assert item.target_attributions.shape == (start + 1, 1, 5)
 
 
 def test_a_span_of_one_token_keeps_its_id(tokenizer, model):

@@ -187,7 +187,7 @@ def test_in_a_chain_the_wrong_name_is_refused_too(out):
 
 @pytest.mark.parametrize("function", ["mean", "sum", "max", "absmax", "vnorm", "scores", ["subwords", "mean"]])
 def test_a_total_is_not_averaged_with_its_hops(out, function):
-    with pytest.raises(InputError, match=r"total, hop 0, hop 1, hop 2 .* choose one: hop=… or part=…"):
+    with pytest.raises(InputError, match=r"total, hop 0, hop 1, hop 2, everywhere .* choose one: hop=… or part=…"):
         out.aggregate(function)
     chosen = out.aggregate("scores", select_idx=2)
     want = out[0].target_attributions[:, 0, 2].clone()

@@ -176,7 +176,7 @@ def test_the_aggregator_needs_no_tokenizer_where_positions_are_given(stored, tok
     assert found[0].target[-1].id == -1 and found[0].attr_pos_end == found[0].attr_pos_start + 1
     assert stored[0].target_attributions.ndim == 3, "the stored result is left as it was"
     once = stored.aggregate().aggregate("recursive", hops=float("inf"), **where)
-    assert once[0].target_attributions.shape[1:] == (1, 3)
+    assert once[0].target_attributions.shape[1:] == (1, 4)
     found.save(tmp_path / "out.json")
     loaded = inseq.FeatureAttributionOutput.load(tmp_path / "out.json")
     assert loaded == found and one(loaded) == one(found)

@@ -24,7 +24,7 @@ except ModuleNotFoundError as error:
         "flashtrace_inseq needs Inseq; install it with: pip install 'flashtrace-plugin[inseq]'"
     ) from error
 
-from flashtrace_inseq.outputs import FlashTraceSequenceOutput, attributions, failures, portable
+from flashtrace_inseq.outputs import FailedSequenceOutput, FlashTraceSequenceOutput, attributions, failures, portable
 from flashtrace_inseq.recursion import recursive
 from flashtrace_inseq.registration import CLASSES, register, warn_if_taken
 
@@ -41,6 +41,7 @@ RecursiveTokenAttribution = CLASSES["recursive"]
 HETAAttribution = CLASSES["heta"]
 
 __all__ = [
+    "FailedSequenceOutput",
     "FlashTraceAttribution",
     "FlashTraceSequenceOutput",
     "HETAAttribution",

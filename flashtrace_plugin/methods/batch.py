@@ -38,7 +38,7 @@ _Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True)
-class Given:
+class _Given:
     """One text of a batch, with what is explained in it; index: its place among the texts."""
 
     index: int
@@ -54,7 +54,7 @@ def run_batch(
     rows: text, target and reasoning of each, or the error in the place of a text that could not be read
     """
     results: list[Any] = [caught(partial(_given, method, i, *row)) for i, row in enumerate(rows)]
-    given = [one for one in results if isinstance(one, Given)]
+    given = [one for one in results if isinstance(one, _Given)]
     buckets = [[one] for one in given] if method.recorded is None else _buckets(given)
     with tqdm(total=len(results), desc=method.name, disable=not progress) as bar:
         bar.update(len(results) - len(given))
@@ -67,8 +67,8 @@ def run_batch(
 
 def _given(
     method: Method, index: int, text: TokenizedText | FlashTraceError, target: Any, reasoning: Any
-) -> Given | FlashTraceError:
-    return text if isinstance(text, FlashTraceError) else Given(index, text, method._located(text, target, reasoning))
+) -> _Given | FlashTraceError:
+    return text if isinstance(text, FlashTraceError) else _Given(index, text, method._located(text, target, reasoning))
 
 
 def caught(call: Callable[[], _Value]) -> _Value | FlashTraceError:
@@ -79,9 +79,9 @@ def caught(call: Callable[[], _Value]) -> _Value | FlashTraceError:
         return error
 
 
-def _buckets(given: Sequence[Given]) -> Iterable[list[Given]]:
+def _buckets(given: Sequence[_Given]) -> Iterable[list[_Given]]:
     """Texts that run together, longest first, so that memory that does not suffice is known at once."""
-    bucket: list[Given] = []
+    bucket: list[_Given] = []
     for one in sorted(given, key=lambda one: -len(one.text.input_ids)):
         longest = len((bucket or [one])[0].text.input_ids)
         if bucket and ((len(bucket) + 1) * longest > _TOKENS or len(one.text.input_ids) < _LEAST * longest):
@@ -92,7 +92,7 @@ def _buckets(given: Sequence[Given]) -> Iterable[list[Given]]:
         yield bucket
 
 
-def _explained(method: Method, bucket: Sequence[Given]) -> list[Result]:
+def _explained(method: Method, bucket: Sequence[_Given]) -> list[Result]:
     """The results of a bucket, in its order."""
     if len(bucket) > 1:
         try:
@@ -102,7 +102,7 @@ def _explained(method: Method, bucket: Sequence[Given]) -> list[Result]:
     return [caught(partial(method._explained, one.text, one.where)) for one in bucket]
 
 
-def _together(method: Method, bucket: Sequence[Given]) -> Iterator[Attribution]:
+def _together(method: Method, bucket: Sequence[_Given]) -> Iterator[Attribution]:
     """The results of texts whose layers are read in one pass. Raises what any of them raises."""
     with method._modes() as autocast, ExitStack() as contexts:
         tasks = [method._open(one.text, one.where, contexts) for one in bucket]

@@ -62,7 +62,7 @@ def capture_together(model: PreTrainedModel, texts: Sequence[Tensor], rows: Sequ
     right. That this is so for the model and its kernel is looked at once, by its logits, before it is relied upon.
     """
     layout = layout_of(model)
-    apart = whole_text(model) or len(texts) == 1 or not runs_together(model, texts)
+    apart = whole_text(model) or len(texts) == 1 or not _runs_together(model, texts)
     if apart:
         return [capture(model, ids[None], own) for ids, own in zip(texts, rows, strict=True)]
     with torch.no_grad():
@@ -167,7 +167,7 @@ def _verify_logits(model: PreTrainedModel, input_ids: Tensor) -> None:
     _verified[model] = _kernel_name(model)
 
 
-def runs_together(model: PreTrainedModel, texts: Sequence[Tensor]) -> bool:
+def _runs_together(model: PreTrainedModel, texts: Sequence[Tensor]) -> bool:
     """Whether texts padded at the right have the logits that they have alone: looked at once per model and kernel.
 
     Half precision rounds differently in larger products, so that its texts are mostly run apart.
