@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -202,6 +205,14 @@ def test_costs_are_bounded_text_by_text(tokenizer):
         found = method.attribute_batch(PROMPTS[:2], [GENERATIONS[0], " No thinking here."], errors="return")
     assert isinstance(found[0], CostError)
     assert found[1].reasoning is None and found[1].hops == 1
+
+
+def test_the_code_of_the_page_runs():
+    page = (Path(__file__).parent.parent / "docs" / "batches.md").read_text(encoding="utf-8")
+    names: dict[str, object] = {}
+    for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
+        exec(compile(block, "docs/batches.md", "exec"), names)
+    assert list(names["bad"]) == [1] and len(names["found"]) == 4
 
 
 def test_no_texts_are_no_results(tokenizer):

@@ -157,7 +157,7 @@ def test_the_difference_of_two_texts(model, method):
 # Files
 
 
-@pytest.mark.parametrize("method", OURS)  # files of attention itself load with other scores
+@pytest.mark.parametrize("method", OURS)  # what attention saved is not equal to what is loaded
 def test_files_load_equal(model, method, tmp_path):
     out = attributed(model, method)
     out.save(tmp_path / "out.json")

@@ -26,6 +26,12 @@ def test_throughput_and_a_long_text(capsys):
     assert "20 products" in out and "GiB" in out
 
 
+def test_batches_beside_one_by_one(capsys):
+    command = "--texts 3 --length 24 --methods flashtrace --repeats 1"
+    rows = re.findall(r"^\| [bl].* \| flashtrace \|.*", run("benchmarks.batch_speed", command, capsys), re.MULTILINE)
+    assert len(rows) == 4
+
+
 def test_flashtrace_beside_the_authors_package(capsys):
     out = run("benchmarks.flashtrace_speed", "--lengths 128 --repeats 1 --width 64 --layers 1 --no-memory", capsys)
     rows = re.findall(r"^\| \d.*", out, re.MULTILINE)
