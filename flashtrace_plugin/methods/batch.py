@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, TypeVar, Union
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from flashtrace_plugin.attribution import Attribution
 from flashtrace_plugin.core.recursion import Hop
@@ -56,6 +55,8 @@ def run_batch(
     results: list[Any] = [caught(partial(_given, method, i, *row)) for i, row in enumerate(rows)]
     given = [one for one in results if isinstance(one, _Given)]
     buckets = [[one] for one in given] if method.recorded is None else _buckets(given)
+    from tqdm.auto import tqdm
+
     with tqdm(total=len(results), desc=method.name, disable=not progress) as bar:
         bar.update(len(results) - len(given))
         for bucket in buckets:
