@@ -56,7 +56,7 @@ class Explainer:
                 yield line_of_failure(failed(row, error, row.id))
 
     def _together(self, rows: Sequence[Row]) -> dict[int, Attribution]:
-        """Explanations by row number; none if a row fails, for then each is explained by itself to see which."""
+        """Explanations by row number, without rows that fail; none where what a row raises stops them all."""
         if len(rows) < 2:
             return {}
         try:
@@ -65,12 +65,13 @@ class Explainer:
                 [row.generation or "" for row in rows],
                 targets=[row.target for row in rows],
                 reasonings=[row.reasoning for row in rows],
+                errors="return",
             )
         except torch.AcceleratorError:
             raise
         except _OF_A_ROW:
             return {}
-        return {row.number: one for row, one in zip(rows, found, strict=True)}
+        return {row.number: one for row, one in zip(rows, found, strict=True) if isinstance(one, Attribution)}
 
     def _alone(self, row: Row) -> Attribution:
         where = {"target": row.target, "reasoning": row.reasoning}
