@@ -252,7 +252,7 @@ def test_attention_that_chooses_its_keys_is_refused(blocks):
         ("granitemoe_swa", "granitemoeshared: Layout(mlp=('block_sparse_moe', 'shared_mlp'), multiplier="),
         ("qwen3_next", "qwen3_5_moe_text: Layout(gate='self_attn.q_proj')"),
         ("gpt2", "gpt2: Layout(blocks='transformer.h', attn='attn', W_O='attn.c_proj', mid='ln_2')"),
-        ("fuyu", "fuyu: Layout(blocks='model.language_model.layers', W_O='self_attn.dense')"),
+        ("fuyu", "persimmon: Layout(blocks='model.language_model.layers', W_O='self_attn.dense')"),
     ],
 )
 def test_an_unknown_family_is_told_whose_layouts_fit(family, first):

@@ -147,6 +147,9 @@ GRANITE_SWA = replace(GRANITE, hidden_sinks=True)
 GLM4 = Family(post_norm="post_self_attn_layernorm", mlp_out=("post_mlp_layernorm",))
 PERSIMMON = Family(values="self_attn.query_key_value", split=interleaved, output="self_attn.dense")
 INNER = "model.language_model.layers"
+BESIDE = dict.fromkeys(("granite_docling", "idefics2", "idefics3", "smolvlm"), "model.text_model.layers")
+BESIDE["llama4"] = "language_model.model.layers"
+"""Where vision-language models keep the blocks of their text model, if not at INNER."""
 GPT = {"blocks": "transformer.h", "attention": "attn"}
 GPT2 = Family(values="attn.c_attn", output="attn.c_proj", mid="ln_2", **GPT)
 GPTJ = Family(values="attn.v_proj", output="attn.out_proj", mid=None, **GPT)
@@ -178,10 +181,11 @@ FAMILIES = {
     "deepseek_v3": LATENT,
     "exaone4": POST_NORM,
     "flex_olmo": POST_NORM,
-    "fuyu": replace(PERSIMMON, blocks=INNER),
     "gemma2": SANDWICH,
     "gemma3_text": SANDWICH,
     "glm4": GLM4,
+    "glm4v_text": GLM4,
+    "glm_ocr_text": GLM4,
     "glm4_moe_lite": LATENT,
     "gpt2": GPT2,
     "gpt_neo": replace(
@@ -189,12 +193,15 @@ FAMILIES = {
     ),
     "gptj": GPTJ,
     "granite": GRANITE,
+    "granite_docling_text": GRANITE,
     "granite_swa": GRANITE_SWA,
     "granitemoe": replace(GRANITE, mlp_out=("block_sparse_moe",)),
     "granitemoeshared": replace(GRANITE, mlp_out=("block_sparse_moe", "shared_mlp")),
+    "hyperclovax": GRANITE,
     "kolibri1": GLM4,
     "llama4_text": replace(LLAMA, mlp_out=("feed_forward",)),
     "mimo_v2_flash": replace(LLAMA, split=scaled),
+    "mistral4": LATENT,
     "moshi": replace(LLAMA, output="self_attn.o_proj.linear"),
     "mpt": Family(
         blocks="transformer.blocks",
@@ -223,7 +230,10 @@ FAMILIES = {
 
 
 def family_of(config: Any) -> Family:
-    """The family of a configuration; most are read like Llama."""
+    """The family of a configuration; most are read like Llama. That of a multimodal model is its text model's."""
+    text = config.get_text_config()
+    if text is not config:
+        return replace(family_of(text), blocks=BESIDE.get(config.model_type, INNER))
     if config.model_type == "falcon":
         return _falcon(config)
     if config.model_type == "gpt_neox":
@@ -235,17 +245,17 @@ def family_of(config: Any) -> Family:
         return replace(GRANITE_SWA, mlp_out=("block_sparse_moe", *shared))
     if config.model_type == "gpt_bigcode":
         return replace(GPT2, split=last_head if config.multi_query else interleaved)
+    if config.model_type == "hyperclovax" and config.use_post_norm:
+        return replace(GRANITE, post_norm="post_norm1", mlp_out=("post_norm2",))
     if config.model_type == "stablelm" and config.use_parallel_residual:
         return PARALLEL
     return FAMILIES.get(config.model_type, LLAMA)
 
 
 def _gemma4(config: Any) -> Family:
-    text = config.get_text_config()
-    per_layer = ["post_per_layer_input_norm"] if getattr(text, "hidden_size_per_layer_input", 0) else []
+    per_layer = ["post_per_layer_input_norm"] if getattr(config, "hidden_size_per_layer_input", 0) else []
     return replace(
         SANDWICH,
-        blocks=LLAMA.blocks if text is config else INNER,
         values="self_attn.v_norm",
         split=values_alone,
         unit_offset=False,
@@ -273,8 +283,10 @@ def _falcon(config: Any) -> Family:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def read_dense(model, input_ids: Tensor) -> list[DenseLayer]:
+def read_dense(model, input_ids: Tensor, **inputs: Tensor) -> list[DenseLayer]:
     """Run a copy of `model` with eager attention on `input_ids` ([N] or [1, N]) and record every layer.
+
+    inputs: what else it is given, such as pixel values
 
     Raises AssertionError if a block does not close:
         resid_mid_i = resid_pre_i + scale_i gain * (b_O + sum_h sum_j pattern^h_ij v^h_j W_O^h)       (Eq. 14)
@@ -286,7 +298,7 @@ def read_dense(model, input_ids: Tensor) -> list[DenseLayer]:
     blocks = model.get_submodule(family.blocks)
     records = [_Record(block, family, blocks[source]) for block, source in zip(blocks, sources, strict=True)]
     with torch.no_grad():
-        model(input_ids=input_ids.reshape(1, -1), use_cache=False)
+        model(input_ids=input_ids.reshape(1, -1), use_cache=False, **inputs)
     layers = [_dense_layer(record, config) for record in records]
     for index, layer in enumerate(layers):
         error = closure_error(layer)
@@ -379,7 +391,7 @@ def _dense_layer(record: _Record, config) -> DenseLayer:
         v=_repeated(values, heads),
         W_O=W_O,
         b_O=b_O,
-        gain=gain if family.scale is None else torch.full(W_O.shape[-1:], times, dtype=torch.float64),
+        gain=times * (torch.ones(W_O.shape[-1:], dtype=torch.float64) if gain is None else gain),
         scale=scale,
         gate=_gate(seen["gate"], heads) if family.gate else None,
         out_scale=1.0 if family.out_scale is None else getattr(record.block, family.out_scale).item(),

@@ -161,7 +161,7 @@ class BlockRecorder:
         of_each = self.texts.of_each
         parts = zip(
             self.read,
-            *map(of_each, (seen["resid_pre"], mid, seen["resid_post"], mlp_out, seen.get("post_scale"))),
+            *map(of_each, (seen["resid_pre"], mid, seen["resid_post"], mlp_out, self._post_scale())),
             of_each(gate, 1),
             strict=True,
         )
@@ -183,6 +183,11 @@ class BlockRecorder:
             )
             for (pattern, v), resid_pre, resid_mid, resid_post, mlp, post_scale, z_gate in parts
         ]
+
+    def _post_scale(self) -> Tensor | None:
+        """s_i of the norm after attention, times what its branch is multiplied by behind it. [r]"""
+        scale = self.seen.get("post_scale")
+        return scale if scale is None or self.layout.multiplier is None else scale * self._number(self.layout.multiplier)
 
     def _complete(self) -> int:
         """The number of heads, once everything that the layout names has been seen."""

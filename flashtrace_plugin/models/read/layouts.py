@@ -7,7 +7,7 @@ checks that the parts add up to the residual stream, and refuses a model whose b
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -71,16 +71,12 @@ _BLOOM = Layout(
 )
 _FALCON = replace(_BLOOM, mlp="mlp", reader=own_attention.falcon)
 _PERSIMMON = Layout(W_O="self_attn.dense")
-_INNER = "model.language_model.layers"
-"""Where multimodal models keep the blocks of their text model."""
 
 
 def _gemma4(config: Any) -> Layout:
-    text = config.get_text_config()
-    per_layer = ("post_per_layer_input_norm",) if getattr(text, "hidden_size_per_layer_input", 0) else ()
+    per_layer = ("post_per_layer_input_norm",) if getattr(config, "hidden_size_per_layer_input", 0) else ()
     return replace(
         _SANDWICH,
-        blocks="model.layers" if text is config else _INNER,
         mlp=("post_feedforward_layernorm", *per_layer),
         out_scale="layer_scalar",
     )
@@ -112,6 +108,15 @@ def _opt(config: Any) -> Layout:
     return Layout("model.decoder.layers", W_O="self_attn.out_proj", mid="final_layer_norm", mlp="fc2")
 
 
+def _hyperclovax(config: Any) -> Layout:
+    return replace(_SCALED, post_norm="post_norm1", mlp="post_norm2") if config.use_post_norm else _SCALED
+
+
+def _molmo2(config: Any) -> Layout:
+    after = replace(_POST_NORM, post_norm="input_layernorm", mlp="post_attention_layernorm")
+    return after if config.norm_after else _LLAMA
+
+
 _LAYOUTS: dict[str, Layout | _Choice] = {
     "apertus": replace(_LLAMA, mid="feedforward_layernorm"),
     "arcee": _LLAMA,
@@ -121,30 +126,31 @@ _LAYOUTS: dict[str, Layout | _Choice] = {
     "cohere": _PARALLEL,
     "cohere2": _PARALLEL,
     "cohere2_moe": _PARALLEL,
+    "cosmos3_edge_text": _LLAMA,
     "cwm": _LLAMA,
     "deepseek_v2": _LLAMA,
     "deepseek_v3": _LLAMA,
     "dots1": _LLAMA,
     "ernie4_5": _LLAMA,
     "ernie4_5_moe": _LLAMA,
+    "ernie4_5_vl_moe_text": _LLAMA,
     "exaone4": _POST_NORM,
     "exaone_moe": _LLAMA,
     "falcon": _falcon,
     "flex_olmo": _POST_NORM,
     "flint": _LLAMA,
-    "fuyu": replace(_PERSIMMON, blocks=_INNER),
     "gemma": _LLAMA,
     "gemma2": _SANDWICH,
-    "gemma3": replace(_SANDWICH, blocks=_INNER),
     "gemma3_text": _SANDWICH,
-    "gemma4": _gemma4,
     "gemma4_text": _gemma4,
-    "gemma4_unified": _gemma4,
     "gemma4_unified_text": _gemma4,
     "glm": _LLAMA,
     "glm4": _GLM4,
     "glm4_moe": _LLAMA,
     "glm4_moe_lite": _LLAMA,
+    "glm4v_moe_text": _LLAMA,
+    "glm4v_text": _GLM4,
+    "glm_ocr_text": _GLM4,
     "gpt2": _GPT2,
     "gpt_bigcode": _GPT2,
     "gpt_neo": replace(_GPT2, attn="attn.attention", W_O="attn.attention.out_proj", reader=own_attention.inner_attn),
@@ -152,6 +158,7 @@ _LAYOUTS: dict[str, Layout | _Choice] = {
     "gpt_oss": _LLAMA,
     "gptj": _GPTJ,
     "granite": _SCALED,
+    "granite_docling_text": _SCALED,
     "granite_swa": _SCALED,
     "granitemoe": replace(_SCALED, mlp="block_sparse_moe"),
     "granitemoe_swa": _granitemoe_swa,
@@ -159,7 +166,9 @@ _LAYOUTS: dict[str, Layout | _Choice] = {
     "helium": _LLAMA,
     "hunyuan_v1_dense": _LLAMA,
     "hunyuan_v1_moe": _LLAMA,
+    "hunyuan_vl_text": _LLAMA,
     "hy_v3": _LLAMA,
+    "hyperclovax": _hyperclovax,
     "internlm3": _LLAMA,
     "iquestcoder": _LLAMA,
     "jais2": _LLAMA,
@@ -173,7 +182,9 @@ _LAYOUTS: dict[str, Layout | _Choice] = {
     "ministral": _LLAMA,
     "ministral3": _LLAMA,
     "mistral": _LLAMA,
+    "mistral4": _LLAMA,
     "mixtral": _LLAMA,
+    "molmo2_text": _molmo2,
     "moshi": _LLAMA,
     "mpt": Layout(
         "transformer.blocks", "attn", "attn.out_proj", mid="norm_2", mlp="ffn.down_proj", reader=own_attention.mpt
@@ -185,18 +196,25 @@ _LAYOUTS: dict[str, Layout | _Choice] = {
     "olmo3": _POST_NORM,
     "olmoe": _LLAMA,
     "opt": _opt,
+    "paddleocr_vl_text": _LLAMA,
     "persimmon": _PERSIMMON,
     "phi": replace(_PARALLEL, W_O="self_attn.dense"),
     "phi3": _LLAMA,
     "phi4_multimodal": _LLAMA,
     "phimoe": _LLAMA,
     "qwen2": _LLAMA,
+    "qwen2_5_omni_text": _LLAMA,
+    "qwen2_5_vl_text": _LLAMA,
     "qwen2_moe": _LLAMA,
+    "qwen2_vl_text": _LLAMA,
     "qwen3": _LLAMA,
     "qwen3_5_moe_text": _GATED,
     "qwen3_5_text": _GATED,
     "qwen3_moe": _LLAMA,
     "qwen3_next": _GATED,
+    "qwen3_omni_moe_text": _LLAMA,
+    "qwen3_vl_moe_text": _LLAMA,
+    "qwen3_vl_text": _LLAMA,
     "seed_oss": _LLAMA,
     "smollm3": _LLAMA,
     "solar_open": _LLAMA,
@@ -316,8 +334,30 @@ def _configs(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
 
 
 def transformer_blocks(model: PreTrainedModel) -> list[nn.Module]:
-    """The model's blocks, where its layout says they are. Raises UnsupportedModelError if they are not there."""
+    """The model's blocks, where its layout says they are. Raises UnsupportedModelError if they are not there.
+
+    A multimodal model that has no layout of its own has its blocks where its text model keeps them.
+    """
     path, kind = layout_of(model).blocks, model.config.get_text_config().model_type
+    owner = _blocks_of_text_model(model, path) or _submodule(model, path, kind)
+    if not isinstance(owner, (nn.ModuleList, nn.Sequential, nn.ModuleDict)) or not len(owner):
+        raise UnsupportedModelError(
+            f"{path!r} of {type(model).__name__} is a {type(owner).__name__}, not a list of blocks, which the layout "
+            f"of family {kind!r} says is there"
+        )
+    return list(owner.values() if isinstance(owner, nn.ModuleDict) else owner)
+
+
+def _blocks_of_text_model(model: PreTrainedModel, path: str) -> nn.Module | None:
+    """What a path leads to from the text model inside a multimodal one, which may have a head of its own or none."""
+    text = model.get_decoder() if model.config.get_text_config() is not model.config else None
+    for inside in (path, path.partition(".")[2]) if isinstance(text, nn.Module) else ():
+        with suppress(AttributeError):
+            return text.get_submodule(inside) if inside else None
+    return None
+
+
+def _submodule(model: PreTrainedModel, path: str, kind: str) -> nn.Module:
     owner: nn.Module = model
     for part in path.split(".") if path else ():
         if not isinstance(getattr(owner, part, None), nn.Module):
@@ -328,9 +368,4 @@ def transformer_blocks(model: PreTrainedModel) -> list[nn.Module]:
                 "register_layout(model.config.model_type, Layout(blocks=...)) says where its text blocks are"
             )
         owner = getattr(owner, part)
-    if not isinstance(owner, (nn.ModuleList, nn.Sequential, nn.ModuleDict)) or not len(owner):
-        raise UnsupportedModelError(
-            f"{path!r} of {type(model).__name__} is a {type(owner).__name__}, not a list of blocks, which the layout "
-            f"of family {kind!r} says is there"
-        )
-    return list(owner.values() if isinstance(owner, nn.ModuleDict) else owner)
+    return owner

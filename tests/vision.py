@@ -1,0 +1,195 @@
+"""Tiny random vision-language models of every type that is read, built like those of :mod:`tests.tiny`.
+
+A type is one line: the settings of its text model, most of them those of the family in :data:`tests.tiny.FAMILIES`, and
+what its vision tower and its own configuration need beyond :data:`TOWER`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import transformers
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as CLASSES
+
+from tests.tiny import (
+    COMMON,
+    DEEPSEEK_MOE,
+    FAMILIES,
+    GATED,
+    GRANITE,
+    MLA,
+    QWEN_MOE,
+    VOCAB_SIZE,
+    WIDE,
+    WIDE_WINDOW,
+    randomise,
+)
+
+IMAGE, VIDEO, AUDIO, BEGIN, END, OTHER = range(VOCAB_SIZE, VOCAB_SIZE + 6)
+"""Ids of the placeholder tokens, behind those that random texts are drawn from."""
+
+PLACEHOLDERS = {
+    IMAGE: ("image_token_id", "image_token_index", "image_patch_id"),
+    VIDEO: ("video_token_id", "video_token_index"),
+    AUDIO: ("audio_token_id", "audio_token_index"),
+    BEGIN: ("image_start_token_id", "vision_start_token_id", "boi_token_id", "boi_token_index", "image_start_id"),
+    END: ("image_end_token_id", "vision_end_token_id", "eoi_token_id", "eoi_token_index", "image_end_id"),
+    OTHER: ("boa_token_id", "eoa_token_id", "eoa_token_index", "video_start_token_id", "video_end_token_id"),
+}
+NAMES = {name: number for number, names in PLACEHOLDERS.items() for name in names}
+VOCABULARY = {"vocab_size": OTHER + 1}
+
+TOWER = {
+    "hidden_size": 16,
+    "embed_dim": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "depth": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "num_heads": 2,
+    "head_dim": 8,
+    "image_size": 28,
+    "patch_size": 7,
+    "out_hidden_size": 32,
+    "mlp_ratio": 2,
+    "num_position_embeddings": 16,
+}
+"""A vision tower of two layers over 4 x 4 patches of 7 pixels; of these settings a type has some."""
+
+ROPE = {"rope_type": "default", "rope_theta": 1e4}
+MROPE = {"rope_parameters": ROPE | {"mrope_section": [2, 2, 2]}}
+NARROW_MROPE = {"rope_parameters": ROPE | {"mrope_section": [1, 1, 2]}}
+QWEN2_VL = GATED | NARROW_MROPE
+GLM_ROPE = {"rope_parameters": ROPE | {"mrope_section": [1, 1, 2], "partial_rotary_factor": 1.0}}
+GLM4V = GATED | GLM_ROPE
+QWEN3_VL = WIDE | MROPE
+DEEPSTACK = {"deepstack_visual_indexes": [0, 1]}
+ERNIE_MOE = {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": [24, 12], "moe_num_shared_experts": 1}
+MISTRAL4 = MLA | {
+    "head_dim": 4,
+    "first_k_dense_replace": 1,
+    "rope_parameters": ROPE | {"llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 8, "partial_rotary_factor": 1.0},
+}
+MOLMO2_ADAPTER = {k: v for k, v in TOWER.items() if k in ("hidden_size", "intermediate_size", "head_dim")}
+MOLMO2_ADAPTER |= {"text_hidden_size": 32, "vision_feature_layer": [1, 0]}
+MOLMO2_ADAPTER |= {"num_attention_heads": 2, "num_key_value_heads": 2}
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """text, vision, own: settings beyond COMMON and the family's, beyond TOWER, and of the wrapper itself."""
+
+    text: dict[str, Any] = field(default_factory=dict)
+    vision: dict[str, Any] = field(default_factory=dict)
+    own: dict[str, Any] = field(default_factory=dict)
+
+
+TYPES = {
+    "aria": Tiny(),
+    "aya_vision": Tiny(),
+    "cohere2_vision": Tiny(own={"alignment_intermediate_size": 32}),
+    "cosmos3_edge": Tiny(QWEN3_VL),
+    "cosmos3_omni": Tiny(QWEN3_VL, DEEPSTACK),
+    "deepseek_vl": Tiny(),
+    "ernie4_5_vl_moe": Tiny(GATED | NARROW_MROPE | ERNIE_MOE),
+    "exaone4_5": Tiny(),
+    "fuyu": Tiny(),
+    "gemma3": Tiny(own={"mm_tokens_per_image": 4}),
+    "gemma4": Tiny(),
+    "glm46v": Tiny(GLM4V),
+    "glm4v": Tiny(GLM4V),
+    "glm4v_moe": Tiny(GLM4V | DEEPSEEK_MOE),
+    "glm_ocr": Tiny(GLM4V),
+    "glmga": Tiny(GLM4V),
+    "got_ocr2": Tiny(),
+    "granite_docling": Tiny(GRANITE),
+    "hunyuan_vl": Tiny(WIDE | {"rope_parameters": ROPE | {"mrope_section": [2, 2, 1, 1]}}),
+    "hyperclovax_vision_v2": Tiny(GRANITE),
+    "idefics2": Tiny(),
+    "idefics3": Tiny(),
+    "internvl": Tiny(),
+    "kimi_k25": Tiny(),
+    "lighton_ocr": Tiny(),
+    "llama4": Tiny(vision={"vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16}),
+    "llava": Tiny(),
+    "llava_next": Tiny(),
+    "llava_next_video": Tiny(),
+    "llava_onevision": Tiny(),
+    "minicpm_ocr": Tiny(),
+    "minicpmv4_6": Tiny(),
+    "minicpmv4_7": Tiny(),
+    "minimax_m3_vl": Tiny(),
+    "mistral3": Tiny(),
+    "mistral4": Tiny(MISTRAL4),
+    "molmo2": Tiny(WIDE, {"image_size": [28, 28]}, {"adapter_config": MOLMO2_ADAPTER}),
+    "ovis2": Tiny(vision={"vocab_size": 64}),
+    "paddleocr_vl": Tiny(QWEN3_VL),
+    "pp_chart2table": Tiny(),
+    "qianfan_ocr": Tiny(vision={"image_size": [28, 28], "patch_size": [7, 7]}),
+    "qwen2_5_omni_thinker": Tiny(QWEN2_VL),
+    "qwen2_5_vl": Tiny(QWEN2_VL),
+    "qwen2_vl": Tiny(QWEN2_VL),
+    "qwen3_5": Tiny(),
+    "qwen3_5_moe": Tiny(),
+    "qwen3_omni_moe_thinker": Tiny(QWEN3_VL | QWEN_MOE),
+    "qwen3_vl": Tiny(QWEN3_VL, DEEPSTACK),
+    "qwen3_vl_moe": Tiny(QWEN3_VL | QWEN_MOE, DEEPSTACK),
+    "shieldgemma2": Tiny(own={"mm_tokens_per_image": 4}),
+    "smolvlm": Tiny(),
+    "video_llama_3": Tiny(),
+    "video_llava": Tiny(),
+    "vipllava": Tiny(),
+}
+
+
+def tiny_vision(kind: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **text: Any):
+    """A random vision-language model of a type, in eval mode; ``text`` are fields of its text configuration."""
+    config = config_of(kind, **text)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = getattr(transformers, CLASSES[kind])(config)
+    randomise(model, seed)
+    return model.to(dtype).eval()
+
+
+def config_of(kind: str, **text: Any):
+    """The configuration of a tiny model; ``text`` are fields of its text configuration."""
+    chosen, default = TYPES[kind], getattr(transformers, CLASSES[kind]).config_class()
+    inner, own = default.get_text_config().model_type, default.to_dict()
+    _, settings = FAMILIES.get(inner, (None, WIDE_WINDOW))
+    settings = {k: v for k, v in (chosen.text or settings).items() if k != "attn_implementation"}
+    given: dict[str, Any] = {name: number for name, number in NAMES.items() if name in own}
+    given |= {name: own_part for name, own_part in _towers(own, chosen.vision).items()}
+    written = COMMON | VOCABULARY | settings | text
+    given |= {"text_config": written | {"model_type": inner}} if "text_config" in own else written
+    return type(default)(**given | chosen.own)
+
+
+def _towers(own: dict[str, Any], vision: dict[str, Any]) -> dict[str, Any]:
+    """The vision tower's configuration, and an audio tower's as small."""
+    towers = {}
+    for name in ("vision_config", "audio_config"):
+        default = own.get(name)
+        if isinstance(default, dict):
+            small = {k: v for k, v in (TOWER | AUDIO_TOWER).items() if k in default}
+            towers[name] = small | (vision if name == "vision_config" else {}) | _kind(default)
+    return towers
+
+
+def _kind(default: dict[str, Any]) -> dict[str, Any]:
+    return {"model_type": default["model_type"]} if "model_type" in default else {}
+
+
+AUDIO_TOWER = {
+    "d_model": 16,
+    "encoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "encoder_ffn_dim": 16,
+    "num_mel_bins": 8,
+    "output_dim": 32,
+    "downsample_hidden_size": 8,
+    "max_source_positions": 16,
+}
