@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from math import inf
 from pathlib import Path
@@ -15,13 +15,15 @@ from torch import Tensor
 
 from flashtrace_plugin.core.flow.components import final_stream_shares
 from flashtrace_plugin.errors import InputError
-from flashtrace_plugin.saved import Saved, read_contents, read_saved, read_spans, short
+from flashtrace_plugin.images import ImageTokens, overlay
+from flashtrace_plugin.saved import Saved, read_contents, read_images, read_saved, read_spans, short
 from flashtrace_plugin.spans import Span
 from flashtrace_plugin.units.contents import Content
 from flashtrace_plugin.units.scores import Units, UnitScores, find_units, score_units
 
 if TYPE_CHECKING:
     import pandas as pd
+    from PIL.Image import Image
     from typing_extensions import Unpack
 
     from flashtrace_plugin.verify import Verification
@@ -73,6 +75,7 @@ class Attribution(OfModel):
     closure_error:   largest relative gap between the parts read from the model and the whole
     contents:        where contents are in the prompt's visible text; what lies between is the chat template's
     messages:        how many messages the prompt had; 0 for a text
+    images:          where images are among the prompt's tokens, and the grids of patches that these are
     """
 
     scores: Tensor
@@ -92,6 +95,7 @@ class Attribution(OfModel):
     components: Mapping[str, Tensor] = field(default_factory=dict)
     contents: tuple[Content, ...] = ()
     messages: int = 0
+    images: tuple[ImageTokens, ...] = ()
 
     @property
     def hops(self) -> int:
@@ -162,12 +166,14 @@ class Attribution(OfModel):
             attribution.by({"contract": contract, "mail": mail}).to_frame()
             attribution.by("step", part="reasoning")
 
-        units: "word", "line", "sentence", "paragraph", "step" (sentences and clauses between semicolons), "message";
-               a splitter; documents by name, which stand in the prompt word for word; or ranges of characters of the
-               visible text, or Spans of tokens. The visible text is that of all tokens, special ones by their names
+        units: "word", "line", "sentence", "paragraph", "step" (sentences and clauses between semicolons), "message",
+               "image"; a splitter; documents by name, which stand in the prompt word for word; or ranges of
+               characters of the visible text, or Spans of tokens. The visible text is that of all tokens, special
+               ones by their names
         part:  "prompt", whose mass is :attr:`scores`, or "reasoning", whose mass is :attr:`totals`
 
-        What the chat template or the tokenizer put into the prompt is a unit of kind "template", contents outside of
+        Every image is a unit of its own beside those asked for; with units="image" all text is of kind "rest". What
+        the chat template or the tokenizer put into the prompt is a unit of kind "template", contents outside of
         the caller's units one of kind "rest", and the mass of :attr:`sinks` that of one of kind "sinks". Raises
         InputError for units that overlap, cut a character or are not there.
         """
@@ -179,11 +185,34 @@ class Attribution(OfModel):
         text, begin = "".join(self.tokens[: where.stop]), len("".join(self.tokens[: where.start]))
         if part == "prompt":
             contents = self.contents or (Content(0, len(text)),)
-            found = find_units(units, self.tokens[: where.stop], contents, self.messages)
+            found = find_units(units, self.tokens[: where.stop], contents, self.messages, self.images)
             return score_units(found, self.tokens, self.scores, sinks=self.sinks)
         found = find_units(units, self.tokens[: where.stop], (Content(begin, len(text)),))
         inside = [unit for unit in found if unit.ranges[-1][1] > begin]
         return score_units(inside, self.tokens, self.totals[where.slice], where.start)
+
+    def patches(self, index: int = 0, *, grid: Sequence[int] | None = None) -> Tensor:
+        """Scores of an image's patches as a picture: [rows, columns], or [frames, rows, columns] of a video.
+
+        index: of the image, in the order of the text
+        grid:  the same in numbers, where it is not known for this model
+
+        Raises InputError for an image that is not there, and where its tokens are no grid.
+        """
+        if not -len(self.images) <= index < len(self.images):
+            raise InputError(f"there are {len(self.images)} images, so there is no image {index}; they count from 0")
+        return self.images[index].patches(self.scores, grid)
+
+    def overlay(
+        self, image: Image, index: int = 0, *, grid: Sequence[int] | None = None, strength: float = 0.75
+    ) -> Image:
+        """The image in grey, with a warm veil over the patches that matter: a PIL image.
+
+        image:       as the processor cut it, of any size
+        index, grid: as for :meth:`patches`
+        strength:    of the veil over the highest score, above 0 and at most 1
+        """
+        return overlay(self.patches(index, grid=grid), image, strength=strength)
 
     def verify(
         self,
@@ -252,6 +281,7 @@ class Attribution(OfModel):
             settings=_read_settings(saved, prompt),
             components=_read_components(saved, hops, len(tokens), len(spans["target"])),
             **read_contents(saved, len("".join(tokens[:prompt]))),
+            images=read_images(saved, prompt),
         )
 
     def save(self, path: str | Path) -> None:
@@ -334,8 +364,8 @@ def plain(value: Any) -> Any:
         return value.tolist() if value.numel() else {"shape": list(value.shape)}
     if isinstance(value, (Span, slice)):
         return [value.start, value.stop]
-    if isinstance(value, Content):
-        return asdict(value)
+    if isinstance(value, (Content, ImageTokens)):
+        return plain(asdict(value))
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     return [plain(item) for item in value] if isinstance(value, Iterable) and not isinstance(value, str) else value

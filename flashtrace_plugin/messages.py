@@ -15,8 +15,20 @@ UNRENDERED = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
 _WRITE = '; write {"role": "user", "content": "…"}'
 
 
-def check_messages(messages: Any) -> None:
-    """Raises InputError, with the index of the message, for what is no list of messages that consist of text."""
+_MEDIA = ("image", "video")
+"""Kinds of parts, besides texts, that a processor makes tokens of."""
+
+
+def is_media(part: Any) -> bool:
+    """Whether a part of a message's content is an image or a video."""
+    return isinstance(part, Mapping) and part.get("type") in _MEDIA
+
+
+def check_messages(messages: Any, *, media: bool = False) -> None:
+    """Raises InputError, with the index of the message, for what is no list of messages that consist of text.
+
+    media: whether there may be images and videos among their parts
+    """
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
         raise InputError(
             f"the prompt must be a text or a list of chat messages, got {type(messages).__name__}; "
@@ -29,20 +41,23 @@ def check_messages(messages: Any) -> None:
             raise InputError(f"message {i} is a {type(message).__name__}, not a dictionary{_WRITE}")
         if not isinstance(message.get("role"), str) or not message["role"]:
             raise InputError(f"message {i} has the role {message.get('role')!r}, which is no text{_WRITE}")
-        _check_content(f"message {i} (role {message['role']!r})", message)
+        _check_content(f"message {i} (role {message['role']!r})", message, media)
 
 
-def _check_content(name: str, message: Mapping[str, Any]) -> None:
+def _check_content(name: str, message: Mapping[str, Any], media: bool) -> None:
     content = message.get("content")
     if content is None and message.get("tool_calls"):
         return  # an assistant that calls a tool need not say anything
     if content is None or not isinstance(content, (str, list, tuple)):
         raise InputError(f"{name} has no content that is a text, got {type(content).__name__}{_WRITE}")
     for part in () if isinstance(content, str) else content:
+        if media and is_media(part):
+            continue
         kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
         if kind != "text" or not isinstance(part.get("text"), str):
             raise InputError(
-                f"{name} has a part of type {kind!r}; only text can be attributed: "
+                f"{name} has a part of type {kind!r}; only text can be attributed, "
+                "or, with the model's processor in the tokenizer's place, images and videos as well: "
                 '[{"type": "text", "text": "…"}], or one text'
             )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
-from math import inf, isfinite
+from math import inf, isfinite, prod
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from flashtrace_plugin.errors import InputError, SpanError
+from flashtrace_plugin.images import ImageTokens
 from flashtrace_plugin.spans import Span, check_spans
 from flashtrace_plugin.units.contents import Content
 
@@ -194,6 +195,20 @@ def read_contents(saved: Saved, length: int) -> dict[str, Any]:
             raise saved.wrong("contents", f"holds the range {start}:{stop}")
         found.append(Content(start, stop, saved.text("contents", one.get("role", "")), index))
     return {"contents": tuple(found), "messages": messages}
+
+
+def read_images(saved: Saved, length: int) -> tuple[ImageTokens, ...]:
+    """Where images are among ``length`` tokens of the prompt, which earlier versions did not write."""
+    found = []
+    for one in saved.items("images") if "images" in saved.data else []:
+        if not isinstance(one, dict) or one.keys() != {f.name for f in fields(ImageTokens)}:
+            raise saved.wrong("images", f"holds {short(one)}, not an image")
+        inside = Saved(one, saved.what)
+        places, grid = inside.ids("positions", stop=length), inside.ids("grid")
+        if not places or list(places) != sorted(set(places)) or (grid and prod(grid) != len(places)):
+            raise saved.wrong("images", f"holds {len(places)} positions for the grid {short(list(grid))}")
+        found.append(ImageTokens(saved.text("images", one["kind"]), places, grid))
+    return tuple(found)
 
 
 def short(value: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, Union
@@ -19,10 +20,10 @@ from flashtrace_plugin.formats import (
     find_parts,
     thinking_before,
 )
-from flashtrace_plugin.messages import UNRENDERED, check_encodable, check_messages, rendered
+from flashtrace_plugin.messages import UNRENDERED, check_encodable, check_messages, is_media, rendered
 from flashtrace_plugin.positions import Positions, as_span
 from flashtrace_plugin.spans import Chars, Span, find_text, tokens_over
-from flashtrace_plugin.units.contents import Content, in_visible_text, of_messages
+from flashtrace_plugin.units.contents import Content, in_order, in_visible_text, of_messages
 from flashtrace_plugin.units.targets import Locator
 
 Messages = Sequence[Mapping[str, Any]]
@@ -88,6 +89,7 @@ class TokenizedText:
     template:      the tokenizer's chat template, which names the reasoning format
     contents:      where the contents of chat messages are in the text of all tokens
     messages:      how many messages the prompt had; 0 for a text
+    inputs:        what else the model is given for the prompt: images, as its processor returns them
     """
 
     input_ids: Tensor
@@ -99,6 +101,7 @@ class TokenizedText:
     template: Any = None
     contents: tuple[Content, ...] = ()
     messages: int = 0
+    inputs: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def written(self) -> int:
@@ -235,8 +238,39 @@ def tokenize(tokenizer: Any, prompt: Prompt, generation: str, ends: frozenset[in
 
     Raises InputError for an empty prompt or generation, or a tokenizer that cannot reproduce the text.
     """
+    if _holds_media(prompt):
+        return _with_media(tokenizer, as_conversation(prompt), generation, ends)  # type: ignore[arg-type]
+    tokenizer = text_tokenizer(tokenizer)
     text, special = _checked_text(tokenizer, prompt, generation)
     return with_messages(tokenizer, prompt, _tokenized(tokenizer, text, special, generation, ends), text)
+
+
+def text_tokenizer(tokenizer: Any) -> Any:
+    """The tokenizer itself, or that of a processor, with the processor's chat template if it has none of its own."""
+    own = getattr(tokenizer, "tokenizer", None)
+    if own is None or not hasattr(tokenizer, "apply_chat_template"):
+        return tokenizer
+    if getattr(own, "chat_template", None) is None and getattr(tokenizer, "chat_template", None):
+        own = copy(own)
+        own.chat_template = tokenizer.chat_template
+    return own
+
+
+def _with_media(processor: Any, chat: Conversation, generation: str, ends: frozenset[int]) -> TokenizedText:
+    """The same for messages that hold images or videos, which a processor turns into tokens and pixels."""
+    tokenizer = text_tokenizer(processor)
+    check_messages(chat.messages, media=tokenizer is not processor)
+    _check_generation(generation)
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
+    try:
+        made = dict(processor.apply_chat_template(list(chat.messages), tools=chat.tools, **options, **chat.options))
+    except UNRENDERED as error:
+        raise InputError(f"the processor cannot make tokens of the messages: {error}") from error
+    prompt = made.pop("input_ids")[0]
+    written = tokenizer(generation, add_special_tokens=False)["input_ids"]
+    found = from_ids(tokenizer, torch.cat([prompt, torch.tensor(written, dtype=prompt.dtype)]), len(prompt), ends)
+    contents = in_order(chat.messages, "".join(found.tokens[: len(prompt)]))
+    return replace(found, contents=contents, messages=len(chat.messages), inputs=made)
 
 
 def with_messages(tokenizer: Any, prompt: Prompt, found: TokenizedText, text: str | None = None) -> TokenizedText:
@@ -251,6 +285,15 @@ def ids_of_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
     """Token ids of a prompt by itself."""
     text, special = render(tokenizer, prompt)
     return tokenizer(text, add_special_tokens=special)["input_ids"]
+
+
+def _holds_media(prompt: Any) -> bool:
+    """Whether a prompt is messages of which one has a part that is no text."""
+    messages = prompt.messages if isinstance(prompt, Conversation) else prompt
+    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
+        return False
+    contents = (message.get("content") for message in messages if isinstance(message, Mapping))
+    return any(is_media(part) for content in contents if isinstance(content, (list, tuple)) for part in content)
 
 
 def as_conversation(prompt: Messages | Conversation) -> Conversation:
@@ -285,6 +328,12 @@ def _checked_text(tokenizer: Any, prompt: Prompt, generation: str) -> tuple[str,
     """What :func:`render` makes of the prompt. Raises InputError where there is nothing to attribute or explain."""
     if not prompt:
         raise InputError("the prompt is empty; there is nothing to attribute to")
+    _check_generation(generation)
+    return render(tokenizer, prompt)
+
+
+def _check_generation(generation: Any) -> None:
+    """Raises InputError for what is no text that could be explained."""
     if not isinstance(generation, str):
         raise InputError(
             f"the generation must be a text, got {type(generation).__name__}; token ids go to attribute_ids"
@@ -292,7 +341,6 @@ def _checked_text(tokenizer: Any, prompt: Prompt, generation: str) -> tuple[str,
     if not generation.strip():
         raise InputError("the generation is empty; there is nothing to explain")
     check_encodable("generation", generation)
-    return render(tokenizer, prompt)
 
 
 def _tokenized(tokenizer: Any, text: str, special: bool, generation: str, ends: frozenset[int]) -> TokenizedText:

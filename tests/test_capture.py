@@ -264,7 +264,7 @@ def test_a_mask_that_is_not_causal_is_refused():
 
     AttentionInterface.register("both_ways", sdpa_attention_forward)
     AttentionMaskInterface.register("both_ways", both_ways)
-    with pytest.raises(UnsupportedModelError, match="not one interval of keys"):
+    with pytest.raises(UnsupportedModelError, match="in both directions"):
         attributed(tiny("llama", attn_implementation="both_ways"))
 
 

@@ -29,15 +29,19 @@ class Checked:
     mlp_shares: float
 
 
-def check(model) -> Checked:
-    ours = FlashTrace(model, hops=2).attribute_ids(IDS, prompt_length=PROMPT, target=TARGET, reasoning=REASONING)
-    layers = dense.read_dense(model, IDS)
-    spans = [(span.start, span.stop) for span in (TARGET, REASONING)]
-    theirs = dense.flashtrace(layers, PROMPT, *spans, hops=2)["hop_scores"]
-    first = dense.one_hop(layers, dense.weights_at(dict.fromkeys(range(*spans[0]), 1.0), len(IDS)))
+def check(model, ids=IDS, prompt=PROMPT, inputs=None) -> Checked:
+    """ids: [N], of which the last 14 are reasoning and target"""
+    given, late = inputs or {}, len(ids) - len(IDS)
+    reasoning, target = (Span(span.start + late, span.stop + late) for span in (REASONING, TARGET))
+    options = {"prompt_length": prompt, "target": target, "reasoning": reasoning}
+    ours = FlashTrace(model, hops=2).attribute_ids(ids, **options, inputs=inputs)
+    layers = dense.read_dense(model, ids, **given)
+    spans = [(span.start, span.stop) for span in (target, reasoning)]
+    theirs = dense.flashtrace(layers, prompt, *spans, hops=2)["hop_scores"]
+    first = dense.one_hop(layers, dense.weights_at(dict.fromkeys(range(*spans[0]), 1.0), len(ids)))
     return Checked(
         closure=ours.closure_error,
-        logits=logit_gap(model, IDS[None]),
+        logits=logit_gap(model, ids[None], given),
         scores=((ours.hop_scores - theirs).abs().amax(1) / theirs.amax(1)).max().item(),
         mlp_shares=(ours.mlp_shares[0] - first.mlp_shares).abs().max().item(),
     )

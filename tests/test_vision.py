@@ -3,20 +3,72 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from flashtrace_plugin import FlashTrace, Span
+from flashtrace_plugin.core.flow.hop import one_hop
+from flashtrace_plugin.errors import UnsupportedModelError
+from flashtrace_plugin.models.inputs import find_images
+from flashtrace_plugin.models.read.capture import capture
 from flashtrace_plugin.models.read.layouts import supported_families
 from tests import tiny, vision
+from tests.reference import dense
 from tests.test_families import check
-from tests.vision import CLASSES, TYPES, tiny_vision
+from tests.tiny import random_ids
+from tests.vision import CLASSES, IMAGE, IMAGES, PREFIX, TYPES, tiny_vision, with_images
+
+LARGE = ("got_ocr2", "pp_chart2table")
+"""Types whose random vision tower makes features so large that all else drowns in their rounding."""
 
 
-@pytest.mark.parametrize("kind", TYPES)
+def attributed(model, ids, prompt, inputs, **options):
+    spans = {"reasoning": Span(prompt, len(ids) - 5), "target": Span(len(ids) - 5, len(ids))}
+    return FlashTrace(model, **options).attribute_ids(ids, prompt_length=prompt, inputs=inputs, **spans)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in TYPES if kind not in PREFIX])
 def test_text_alone_is_exact(kind):
     found = check(tiny_vision(kind))
     assert found.closure < 2e-6
     assert found.logits < 1e-6
     assert found.scores < 1e-4
     assert found.mlp_shares < 1e-5
+
+
+@pytest.mark.parametrize("kind", IMAGES)
+def test_images_are_exact(kind):
+    model = tiny_vision(kind, dtype=torch.float64 if kind in LARGE else torch.float32)
+    ids, prompt, inputs = with_images(kind, model, random_ids(24))
+    found = check(model, ids, prompt, inputs)
+    assert found.closure < 2e-6
+    assert found.logits < 1e-6
+    assert found.scores < 1e-4
+    assert found.mlp_shares < 1e-5
+    images = find_images(model, ids, inputs)
+    assert [(len(image), image.grid) for image in images] == list(zip(IMAGES[kind].counts, IMAGES[kind].grids))
+    assert [i for image in images for i in image.positions] == (ids == IMAGE).nonzero()[:, 0].tolist()
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "paligemma", "qwen2_5_vl", "qwen3_vl"])
+def test_positions_of_an_image_are_read_as_the_model_reads_them(kind):
+    """Also forwards, where an image or a prefix is read as a whole."""
+    model = tiny_vision(kind)
+    ids, _, inputs = with_images(kind, model, random_ids(24))
+    weights = (ids == IMAGE).float()
+    ours = one_hop(capture(model, ids[None], torch.arange(len(ids)), inputs), weights, len(ids))
+    layers = dense.read_dense(model, ids, **inputs)
+    theirs = dense.one_hop(layers, weights.double())
+    assert ours.closure_error < 2e-6
+    assert torch.allclose(ours.alpha[0].double(), theirs.alpha, rtol=1e-4, atol=1e-6)
+    last = int((ids == IMAGE).nonzero()[-1])
+    forwards = [bool((layer.pattern[:, last, last + 1 :] > 0).any()) for layer in layers]
+    both = [bool((layer.pattern.triu(1) > 0).any()) for layer in layers]
+    assert all(both) == (kind in ("gemma3", "paligemma")) and all(forwards) == (kind == "paligemma")
+
+
+def test_a_prefix_model_without_its_prefix_is_refused():
+    with pytest.raises(UnsupportedModelError, match="in both directions"):
+        check(tiny_vision("paligemma"))
 
 
 def test_every_text_model_of_the_table_is_tested():

@@ -1,11 +1,12 @@
 """Tiny random vision-language models of every type that is read, built like those of :mod:`tests.tiny`.
 
-A type is one line: the settings of its text model, most of them those of the family in :data:`tests.tiny.FAMILIES`, and
-what its vision tower and its own configuration need beyond :data:`TOWER`.
+A type is one line: the settings of its text model, most of them those of the family in :data:`tests.tiny.FAMILIES`,
+and what its vision tower and its own configuration need beyond :data:`TOWER`.
 """
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,8 +72,10 @@ ERNIE_MOE = {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": [24, 12]
 MISTRAL4 = MLA | {
     "head_dim": 4,
     "first_k_dense_replace": 1,
-    "rope_parameters": ROPE | {"llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 8, "partial_rotary_factor": 1.0},
+    "rope_parameters": ROPE
+    | {"llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 8, "partial_rotary_factor": 1.0},
 }
+PINPOINTS = {"image_grid_pinpoints": [[28, 28], [28, 56], [56, 28]]}
 MOLMO2_ADAPTER = {k: v for k, v in TOWER.items() if k in ("hidden_size", "intermediate_size", "head_dim")}
 MOLMO2_ADAPTER |= {"text_hidden_size": 32, "vision_feature_layer": [1, 0]}
 MOLMO2_ADAPTER |= {"num_attention_heads": 2, "num_key_value_heads": 2}
@@ -115,9 +118,9 @@ TYPES = {
     "lighton_ocr": Tiny(),
     "llama4": Tiny(vision={"vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16}),
     "llava": Tiny(),
-    "llava_next": Tiny(),
-    "llava_next_video": Tiny(),
-    "llava_onevision": Tiny(),
+    "llava_next": Tiny(own=PINPOINTS),
+    "llava_next_video": Tiny(own=PINPOINTS),
+    "llava_onevision": Tiny(own=PINPOINTS | {"vision_aspect_ratio": "anyres_max_9"}),
     "minicpm_ocr": Tiny(),
     "minicpmv4_6": Tiny(),
     "minicpmv4_7": Tiny(),
@@ -125,13 +128,14 @@ TYPES = {
     "mistral3": Tiny(),
     "mistral4": Tiny(MISTRAL4),
     "molmo2": Tiny(WIDE, {"image_size": [28, 28]}, {"adapter_config": MOLMO2_ADAPTER}),
-    "ovis2": Tiny(vision={"vocab_size": 64}),
+    "ovis2": Tiny(vision={"vocab_size": 64}, own={"visual_indicator_token_ids": [OTHER] * 5}),
     "paddleocr_vl": Tiny(QWEN3_VL),
+    "paligemma": Tiny(vision={"projection_dim": 32}, own={"projection_dim": 32}),
     "pp_chart2table": Tiny(),
     "qianfan_ocr": Tiny(vision={"image_size": [28, 28], "patch_size": [7, 7]}),
     "qwen2_5_omni_thinker": Tiny(QWEN2_VL),
     "qwen2_5_vl": Tiny(QWEN2_VL),
-    "qwen2_vl": Tiny(QWEN2_VL),
+    "qwen2_vl": Tiny(QWEN2_VL, {"hidden_size": 32}),
     "qwen3_5": Tiny(),
     "qwen3_5_moe": Tiny(),
     "qwen3_omni_moe_thinker": Tiny(QWEN3_VL | QWEN_MOE),
@@ -141,8 +145,109 @@ TYPES = {
     "smolvlm": Tiny(),
     "video_llama_3": Tiny(),
     "video_llava": Tiny(),
-    "vipllava": Tiny(),
+    "vipllava": Tiny(own={"vision_feature_layer": [-1, -2]}),
 }
+
+
+def _squares(*shape: int) -> dict[str, torch.Tensor]:
+    return {"pixel_values": _noise(*shape, 3, 28, 28)}
+
+
+def _patches(channels: int, *more: int) -> dict[str, torch.Tensor]:
+    """Two pictures of 8 x 4 and 4 x 4 patches, which are merged by twos."""
+    grid = torch.tensor([[1, 8, 4], [1, 4, 4]])
+    return {"pixel_values": _noise(48, channels, *more), "image_grid_thw": grid}
+
+
+def _noise(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Images for a tiny model: how many tokens each takes, their grids, what the model is given for them."""
+
+    counts: tuple[int, ...]
+    grids: tuple[tuple[int, ...], ...]
+    inputs: dict[str, torch.Tensor]
+
+
+SQUARE = Pictures((16, 16), ((4, 4), (4, 4)), _squares(2))
+SHUFFLED = Pictures((4, 4), ((2, 2), (2, 2)), _squares(2))
+TILES = Pictures((4, 4), ((2, 2), (2, 2)), _squares(1, 2))
+SIZED = Pictures((4, 4), ((2, 2), (2, 2)), _squares(2) | {"image_sizes": torch.tensor([[28, 28], [28, 28]])})
+ANYRES = Pictures((52,), ((),), _squares(1, 3) | {"image_sizes": torch.tensor([[28, 56]])})
+MERGED = Pictures((8, 4), ((4, 2), (2, 2)), _patches(3 * 2 * 49))
+FLAT = Pictures((8, 4), ((4, 2), (2, 2)), _patches(3 * 49))
+MERGE_SIZES = {"image_merge_sizes": torch.tensor([2, 2])}
+
+IMAGES = {
+    "aya_vision": SHUFFLED,
+    "cohere2_vision": SHUFFLED,
+    "cosmos3_edge": FLAT,
+    "cosmos3_omni": MERGED,
+    "deepseek_vl": SQUARE,
+    "ernie4_5_vl_moe": FLAT,
+    "exaone4_5": MERGED,
+    "gemma3": SHUFFLED,
+    "glm46v": MERGED,
+    "glm4v": MERGED,
+    "glm4v_moe": MERGED,
+    "glm_ocr": MERGED,
+    "glmga": MERGED,
+    "got_ocr2": Pictures((1, 1), ((1, 1), (1, 1)), _squares(2)),
+    "hunyuan_vl": Pictures((14, 8), ((), ()), FLAT.inputs),
+    "hyperclovax_vision_v2": MERGED,
+    "idefics2": Pictures((64,), ((),), _squares(1, 1)),
+    "idefics3": TILES,
+    "internvl": SHUFFLED,
+    "lighton_ocr": SIZED,
+    "llava": SQUARE,
+    "llava_next": ANYRES,
+    "llava_next_video": ANYRES,
+    "llava_onevision": ANYRES,
+    "minimax_m3_vl": MERGED,
+    "mistral3": SIZED,
+    "paddleocr_vl": Pictures(FLAT.counts, FLAT.grids, _patches(3, 7, 7)),
+    "paligemma": SQUARE,
+    "pp_chart2table": Pictures((1, 1), ((1, 1), (1, 1)), _squares(2)),
+    "qianfan_ocr": SHUFFLED,
+    "qwen2_5_omni_thinker": MERGED,
+    "qwen2_5_vl": MERGED,
+    "qwen2_vl": MERGED,
+    "qwen3_5": MERGED,
+    "qwen3_5_moe": MERGED,
+    "qwen3_omni_moe_thinker": MERGED,
+    "qwen3_vl": MERGED,
+    "qwen3_vl_moe": MERGED,
+    "shieldgemma2": SHUFFLED,
+    "smolvlm": TILES,
+    "video_llama_3": Pictures(FLAT.counts, FLAT.grids, FLAT.inputs | MERGE_SIZES),
+    "video_llava": Pictures((16, 16), ((), ()), _squares(2)),
+    "vipllava": SQUARE,
+}
+"""Types that are tested with two images, or one cut into tiles."""
+
+PREFIX = ("paligemma",)
+"""Types that read the prompt in both directions, where they are told what the prompt is."""
+
+
+def with_images(kind: str, model: Any, text: torch.Tensor) -> tuple[torch.Tensor, int, dict[str, torch.Tensor]]:
+    """A text that has images after its second token and before its tenth, where its prompt ends.
+
+    result: ids [N], length of the prompt, inputs
+    """
+    pictures, parts, at = IMAGES[kind], [text[:2]], 2
+    for count in pictures.counts:
+        image = torch.tensor([BEGIN, *[IMAGE] * count, END])
+        parts += [image, text[at : at + 3]]
+        at += 3
+    prompt = sum(map(len, parts)) + 10 - at
+    ids = torch.cat([*parts, text[at:]])
+    known = inspect.signature(model.forward).parameters
+    types = (torch.arange(len(ids)) >= prompt if kind in PREFIX else ids == IMAGE).long()[None]
+    needed = [name for name in ("token_type_ids", "mm_token_type_ids") if name in known]
+    return ids, prompt, pictures.inputs | dict.fromkeys(needed, types)
 
 
 def tiny_vision(kind: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **text: Any):
@@ -162,7 +267,7 @@ def config_of(kind: str, **text: Any):
     _, settings = FAMILIES.get(inner, (None, WIDE_WINDOW))
     settings = {k: v for k, v in (chosen.text or settings).items() if k != "attn_implementation"}
     given: dict[str, Any] = {name: number for name, number in NAMES.items() if name in own}
-    given |= {name: own_part for name, own_part in _towers(own, chosen.vision).items()}
+    given |= _towers(own, chosen.vision)
     written = COMMON | VOCABULARY | settings | text
     given |= {"text_config": written | {"model_type": inner}} if "text_config" in own else written
     return type(default)(**given | chosen.own)

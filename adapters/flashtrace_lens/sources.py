@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,9 @@ from flashtrace_lens.capture import capture_bridge
 from flashtrace_plugin.core.flow.layer import Layer
 from flashtrace_plugin.core.flow.pattern import StoredPattern
 from flashtrace_plugin.errors import InputError, UnsupportedModelError
+from flashtrace_plugin.images import ImageTokens
 from flashtrace_plugin.models.guard import check_ids
+from flashtrace_plugin.models.read.source import Source
 from flashtrace_plugin.models.user_hooks import hooked, whole_text
 from flashtrace_plugin.models.view import view_of
 
@@ -47,6 +49,14 @@ class _BridgeSource:
 
     def layers_together(self, texts: Sequence[Tensor], rows: Sequence[Tensor]) -> list[list[Layer]]:
         return [self.layers(ids[None], own) for ids, own in zip(texts, rows, strict=True)]
+
+    def given(self, input_ids: Tensor, prompt_length: int, inputs: Mapping[str, Any]) -> Source:
+        raise UnsupportedModelError(
+            "a TransformerBridge is read on text alone; pass the Hugging Face model with images"
+        )
+
+    def images(self, input_ids: Tensor) -> tuple[ImageTokens, ...]:
+        return ()
 
     def describe(self) -> dict[str, Any]:
         """``logits_checked`` is False where the bridge could not be compared with its Hugging Face model yet."""

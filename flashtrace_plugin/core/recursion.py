@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from flashtrace_plugin.errors import InputError
+
 
 @dataclass(frozen=True)
 class Hop:
@@ -169,6 +171,11 @@ def solve(rows: Rows, initial: Tensor, through: Tensor, shift: int = 0) -> Recur
     inside = through[rows.positions + shift].nonzero()[:, 0]
     tokens = rows.positions[inside] + shift
     R = rows.normalised[inside].double()
+    if bool(R[:, tokens].triu(1).any()):
+        raise InputError(
+            "hops=inf cannot follow mass through positions that read what comes after them, as those of an image that "
+            "is read as a whole; pass a number of hops"
+        )
     R_TT = R[:, tokens].tril()
     kept = R_TT.diagonal().clamp(max=1 - 1e-9)
     system = torch.eye(len(tokens), dtype=torch.float64) - R_TT.tril(-1) - torch.diag(kept)

@@ -34,6 +34,7 @@ class ALTI(Method):
     """
 
     name = "alti"
+    reads_images = True
     Options = _ALTIOptions
     drives = driven(hops="auto", recursion="reasoning", positions="predicting", ignore=())
     hop_cost = 0.35  # as FlashTrace's, with a projection of all positions; .3 to .4

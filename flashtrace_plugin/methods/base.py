@@ -6,6 +6,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -14,16 +15,26 @@ from torch import Tensor
 
 from flashtrace_plugin.attribution import Attribution
 from flashtrace_plugin.core.recursion import Rows
-from flashtrace_plugin.errors import FlashTraceError, InputError, MethodError
+from flashtrace_plugin.errors import FlashTraceError, InputError, MethodError, UnsupportedModelError
 from flashtrace_plugin.methods.batch import caught, run_batch
 from flashtrace_plugin.methods.cost import check_cost, hops_ahead
 from flashtrace_plugin.methods.driver import Found, Step, drive
 from flashtrace_plugin.methods.options import Declared, Driving, Options, declared, driven, one_of
 from flashtrace_plugin.methods.task import Task
 from flashtrace_plugin.models.modes import same_function_modes, without_autocast
-from flashtrace_plugin.models.read.source import source_for
+from flashtrace_plugin.models.read.source import Source, source_for
 from flashtrace_plugin.spans import Span, check_spans
-from flashtrace_plugin.text import Located, Prompt, TokenizedText, Where, end_ids, from_ids, tokenize, without_text
+from flashtrace_plugin.text import (
+    Located,
+    Prompt,
+    TokenizedText,
+    Where,
+    end_ids,
+    from_ids,
+    text_tokenizer,
+    tokenize,
+    without_text,
+)
 from flashtrace_plugin.units.contents import Content, between_special
 from flashtrace_plugin.units.scores import Units
 
@@ -40,6 +51,8 @@ class Method(ABC):
     A method of your own declares the following and defines :meth:`start`; docs/adding-a-method.md builds one.
 
     name:         how hosts and the command line call it
+    reads_images: whether it can be asked about a model that is given images: whether :meth:`start` reads the model
+                  through the task alone
     explains_steps: whether a hop of it may explain any tokens of the reasoning, as the graph of steps needs
     Options:      its own options, a frozen dataclass of :func:`~flashtrace_plugin.methods.options.option` fields
     drives:       the driver's options that mean something for it, with their defaults here
@@ -51,13 +64,14 @@ class Method(ABC):
                   texts can be run together; None for a method that reads the model in another way
 
     model:     a Hugging Face causal language model, or a TransformerBridge of TransformerLens
-    tokenizer: the model's tokenizer; only texts need it
+    tokenizer: the model's tokenizer, or its processor where messages hold images; only texts need it
     """
 
     name: ClassVar[str]
     Options: ClassVar[type[Options]] = Options
     drives: ClassVar[Mapping[str, Any]] = driven(hops=1, recursion="reasoning", positions="token", ignore=())
     renormalises: ClassVar[bool] = False
+    reads_images: ClassVar[bool] = False
     explains_steps: ClassVar[bool] = True
     hop_cost: ClassVar[float] = 1.0
     cost_of: ClassVar[str] = "one forward pass, and more for every hop"
@@ -127,7 +141,8 @@ class Method(ABC):
     ) -> Attribution:
         """Attributes a generated text to its prompt.
 
-        prompt:     a text, or chat messages that go through the tokenizer's template
+        prompt:     a text, or chat messages that go through the tokenizer's template; with a processor in the
+                    tokenizer's place they may hold images, as its template wants them
         generation: what the model wrote after it, thinking included
         target:     what to explain: a piece of the generation, token positions of the whole sequence, or what finds
                     them, such as ``Sentence(0)`` or ``ToolCall(0).argument("to")``. By default the answer: what
@@ -149,15 +164,21 @@ class Method(ABC):
         prompt_length: int,
         target: Where | None = None,
         reasoning: Where | None = None,
+        inputs: Mapping[str, Any] | None = None,
     ) -> Attribution:
         """Attributes a generated sequence of token ids.
 
         input_ids:     [N] or [1, N], prompt and generation
         prompt_length: number of prompt tokens
+        inputs:        what else the model is given, as its processor returns it for the prompt: ``pixel_values``,
+                       ``image_grid_thw``, ``mm_token_type_ids``, …
         target:        what to explain, as for :meth:`attribute`
         reasoning:     what to follow importance through; without a tokenizer, only positions can be told
         """
-        return self.attribute_text(self.read_ids(input_ids, prompt_length), target=target, reasoning=reasoning)
+        text = self.read_ids(input_ids, prompt_length)
+        return self.attribute_text(
+            text if inputs is None else replace(text, inputs=inputs), target=target, reasoning=reasoning
+        )
 
     def attribute_text(
         self,
@@ -203,6 +224,7 @@ class Method(ABC):
             settings=settings,
             contents=self._contents(text),
             messages=text.messages,
+            images=task.source.images(text.input_ids) if text.inputs else (),
             **numbers,
         )
         explained.remember(self.source.language_model)
@@ -252,6 +274,8 @@ class Method(ABC):
         from flashtrace_plugin.graph.hops import Asked, check_steps_are_explained, graph_of_steps
 
         check_steps_are_explained(self)
+        if text.inputs:
+            raise UnsupportedModelError("a graph of steps has no place for images yet; use attribute")
         where = self._located(text, target, reasoning)
         asked = Asked(text, where, self._contents(text), unit, step_unit, max_units)
         with self._opened(text, where) as (task, autocast):
@@ -281,9 +305,21 @@ class Method(ABC):
     def _open(self, text: TokenizedText, where: Located, contexts: ExitStack) -> Task:
         """The task of a text, once its ids and its cost are checked."""
         ids = self.source.check_ids(text.input_ids).clone()
-        task = self._task(ids, text.prompt_length, where.target, where.reasoning, contexts)
+        source = self._source(text, ids)
+        task = self._task(source, ids, text.prompt_length, where.target, where.reasoning, contexts)
         check_cost(self, task)
         return task
+
+    def _source(self, text: TokenizedText, ids: Tensor) -> Source:
+        """What reads the model on this text. Raises UnsupportedModelError where the method would leave out images."""
+        if not text.inputs:
+            return self.source
+        if not self.reads_images:
+            raise UnsupportedModelError(
+                f"the method {self.name!r} does not read images ({', '.join(text.inputs)}); use 'flashtrace', 'ifr', "
+                "'recursive' or 'alti', which do"
+            )
+        return self.source.given(ids, text.prompt_length, text.inputs)
 
     def _contents(self, text: TokenizedText) -> tuple[Content, ...]:
         """Where the prompt's contents are: those of its messages, or what stands between special tokens."""
@@ -351,11 +387,11 @@ class Method(ABC):
         ids = self.source.check_ids(torch.as_tensor(input_ids))[0].cpu()
         if self.tokenizer is None:
             return without_text(ids, prompt_length)
-        return from_ids(self.tokenizer, ids, prompt_length, self.end_ids())
+        return from_ids(text_tokenizer(self.tokenizer), ids, prompt_length, self.end_ids())
 
     def end_ids(self) -> frozenset[int]:
         """Ids that end a text or a turn for this tokenizer and model, see :func:`flashtrace_plugin.text.end_ids`."""
-        return end_ids(self.tokenizer, *self.source.configs())
+        return end_ids(text_tokenizer(self.tokenizer), *self.source.configs())
 
     def ignored(self, ids: Tensor) -> Tensor:
         """Which of the tokens [N] are in ``ignore``. result: [N] bool"""
@@ -364,7 +400,7 @@ class Method(ABC):
         ignored = torch.isin(ids, chosen)
         words = {word for word in ignore if isinstance(word, str)}
         if words:
-            texts = self._need_tokenizer().batch_decode([[i] for i in ids.tolist()])
+            texts = text_tokenizer(self._need_tokenizer()).batch_decode([[i] for i in ids.tolist()])
             ignored |= torch.tensor([text in words or text.strip() in words for text in texts])
         return ignored
 
@@ -378,7 +414,13 @@ class Method(ABC):
         return self.tokenizer
 
     def _task(
-        self, ids: Tensor, prompt_length: int, target: Span, reasoning: Span | None, contexts: ExitStack
+        self,
+        source: Source,
+        ids: Tensor,
+        prompt_length: int,
+        target: Span,
+        reasoning: Span | None,
+        contexts: ExitStack,
     ) -> Task:
         # A position of its own stands for a token only where the method says so; nothing predicts the first token.
         own = "positions" in self.drives and self.driving.positions == "token"
@@ -396,14 +438,16 @@ class Method(ABC):
         through = _mask(len(kept), *followed[self.driving.recursion]) & kept
         sinks = self.driving.sinks if "sinks" in self.drives else "keep"
         special = torch.isin(ids[0].cpu(), torch.tensor(sorted(self._special_ids()), dtype=torch.long))
+        special[[i for image in source.images(ids[0]) for i in image.positions]] = False
         spans = (prompt_length, target, reasoning)
-        return Task(self.source, ids, *spans, kept, chosen, through, shift, sinks, special, contexts)
+        return Task(source, ids, *spans, kept, chosen, through, shift, sinks, special, contexts)
 
     def _special_ids(self) -> set[int]:
         """Ids that begin, end or pad a text, and all special tokens of the tokenizer."""
-        begins = (getattr(owner, "bos_token_id", None) for owner in (self.tokenizer, *self.source.configs()))
+        tokenizer = text_tokenizer(self.tokenizer)
+        begins = (getattr(owner, "bos_token_id", None) for owner in (tokenizer, *self.source.configs()))
         known = {i for i in begins if isinstance(i, int)} | self.end_ids()
-        return known | set(getattr(self.tokenizer, "all_special_ids", None) or ())
+        return known | set(getattr(tokenizer, "all_special_ids", None) or ())
 
 
 def options_of(method: type[Method]) -> list[Declared]:

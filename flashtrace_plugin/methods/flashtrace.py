@@ -23,6 +23,7 @@ class FlashTrace(Method):
     """
 
     name = "flashtrace"
+    reads_images = True
     drives = driven(hops=1, recursion="reasoning", positions="token", ignore=(), sinks="keep")
     hop_cost = 0.15  # the product with W_O, and a few rows of every pattern; .1 to .3 by the shape
 

@@ -25,6 +25,7 @@ class IFR(Method):
     """
 
     name = "ifr"
+    reads_images = True
     drives = driven(positions="token", ignore=())
     renormalises = True
     cost_of = "a flow for every token of the target; the method flashtrace takes one for all of them"

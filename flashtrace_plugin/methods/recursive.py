@@ -12,11 +12,13 @@ from torch import Tensor
 from flashtrace_plugin.core.flow.layer import Layer
 from flashtrace_plugin.core.recursion import Rows
 from flashtrace_plugin.errors import InputError, UnsupportedModelError
+from flashtrace_plugin.images import ImageTokens
 from flashtrace_plugin.methods.base import Method
 from flashtrace_plugin.methods.ifr import ROW_COST
 from flashtrace_plugin.methods.options import Driving, Hops, driven, one_of
 from flashtrace_plugin.methods.task import Task
 from flashtrace_plugin.models.guard import evaluating
+from flashtrace_plugin.models.read.source import Source
 
 Base = Union[Method, Tensor]
 
@@ -31,6 +33,7 @@ class RecursiveAttribution(Method):
     """
 
     name = "recursive"
+    reads_images = True
     cost_of = "a flow for every token of the reasoning and the target; the method flashtrace takes one for each hop"
 
     def cost(self, task: Task) -> float:
@@ -199,6 +202,12 @@ class _MatrixSource:
 
     def layers_together(self, texts: Sequence[Tensor], rows: Sequence[Tensor]) -> list[list[Layer]]:
         raise UnsupportedModelError("a matrix has no layers")
+
+    def given(self, input_ids: Tensor, prompt_length: int, inputs: Mapping[str, Any]) -> Source:
+        raise UnsupportedModelError("a matrix is given no images")
+
+    def images(self, input_ids: Tensor) -> tuple[ImageTokens, ...]:
+        return ()
 
     def describe(self) -> dict[str, Any]:
         return {"source": "matrix"}

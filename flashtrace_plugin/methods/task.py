@@ -15,7 +15,7 @@ from flashtrace_plugin.core.flow.edits import with_edits
 from flashtrace_plugin.core.flow.hop import Shares, hops_together, one_hop, row_hops
 from flashtrace_plugin.core.flow.layer import Layer
 from flashtrace_plugin.core.recursion import Hop
-from flashtrace_plugin.errors import ClosureError
+from flashtrace_plugin.errors import ClosureError, UnsupportedModelError
 from flashtrace_plugin.models.read.source import Source
 from flashtrace_plugin.spans import Span
 
@@ -103,12 +103,29 @@ class Task:
             known[0] if known else self.source.layers(self.read_for(rows, self.source.whole_text()), rows)
         )
         found = Recorded(layers, rows, self.length, self.source.describe().get("family", "this model"))
+        self._check_causal(found)
         self.recorded.append(found)
         return found
 
     def read_for(self, rows: Tensor, whole: bool) -> Tensor:
         """The ids [1, n] that are run to record these rows; whole: what comes after the last may matter there."""
         return self.input_ids[:, : self.length if whole else int(rows[-1]) + 1]
+
+    def _check_causal(self, found: Recorded) -> None:
+        """Raises UnsupportedModelError where what was generated reads, or is read by, what was not there yet."""
+        for layer in found.layers:
+            last = getattr(layer.pattern, "last_key", None)
+            if last is None:
+                continue
+            late = (last[: self.prompt_length] >= self.prompt_length).any() or (
+                last[self.prompt_length :] > torch.arange(self.prompt_length, len(last), device=last.device)
+            ).any()
+            if bool(late):
+                raise UnsupportedModelError(
+                    f"{found.family} reads the text in both directions, also what it wrote itself, so what comes "
+                    "later would count as a cause; a model that reads a prefix as a whole needs its token_type_ids "
+                    "(0 for the prompt) among the inputs"
+                )
 
     def record_all(self) -> Recorded:
         """Layers with every position up to the last that may carry weight."""

@@ -71,6 +71,19 @@ def of_messages(
     return tuple(sorted(found, key=lambda content: content.start))
 
 
+def in_order(messages: Sequence[Mapping[str, Any]], text: str) -> tuple[Content, ...]:
+    """Contents of messages whose rendered text is not known, by their texts, one behind the other."""
+    found, cursor = [], 0
+    for i, message in enumerate(messages):
+        pieces = [piece.strip() for piece in _texts(message.get("content")) if piece.strip()]
+        for piece in pieces:
+            at = text.find(piece, cursor)
+            if at >= 0:
+                cursor = at + len(piece)
+                found.append(Content(at, cursor, str(message.get("role", "")), i))
+    return tuple(found)
+
+
 _MARK = "\N{REPLACEMENT CHARACTER}content\N{REPLACEMENT CHARACTER}"
 
 
@@ -131,7 +144,8 @@ def _texts(content: Any) -> list[str]:
     """The texts of a message's content, which some write as parts."""
     if isinstance(content, str):
         return [content]
-    return [str(part.get("text", "")) for part in content or [] if isinstance(part, Mapping)]
+    parts = [part for part in content or [] if isinstance(part, Mapping)]
+    return [str(part.get("text", "")) for part in parts if part.get("type", "text") == "text"]
 
 
 def in_visible_text(

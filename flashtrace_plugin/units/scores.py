@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Union
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flashtrace_plugin.errors import InputError, SpanError
+from flashtrace_plugin.images import ImageTokens
 from flashtrace_plugin.spans import Chars, Span, occurrences
 from flashtrace_plugin.units.contents import Content, offsets_of
 from flashtrace_plugin.units.shares import unit_sums
@@ -179,11 +180,18 @@ def score_units(
     return UnitScores((*units, own), *torch.cat([sums, apart], dim=1))
 
 
-def find_units(chosen: Units, tokens: Sequence[str], contents: Sequence[Content], messages: int = 0) -> list[Unit]:
+def find_units(
+    chosen: Units,
+    tokens: Sequence[str],
+    contents: Sequence[Content],
+    messages: int = 0,
+    images: Sequence[ImageTokens] = (),
+) -> list[Unit]:
     """The units of the visible text of ``tokens`` from the first content on, together with template and rest.
 
     contents: where content is; all other characters are the template's
     messages: how many messages there were, to tell those that cannot be found
+    images:   each of which is a unit, whatever is chosen
 
     Raises InputError for units that overlap, cut a character or cannot be found.
     """
@@ -195,13 +203,30 @@ def find_units(chosen: Units, tokens: Sequence[str], contents: Sequence[Content]
             f"message {lost[0]} does not stand in the rendered prompt as it was given: the chat template dropped or "
             "rewrote it. Pass what the template writes, or ask for other units"
         )
-    found = _chosen(chosen, text, tokens, contents)
+    found = _images(images, tokens)
+    contents = _beside(contents, [chars for unit in found for chars in unit.ranges])
+    found += [] if chosen == "image" else _chosen(chosen, text, tokens, contents)
     filled = sorted_apart([chars for unit in found for chars in unit.ranges], len(text), "units")
     inside = [(c.start, c.stop) for c in contents]
     rest = _without(inside, filled)
     template = _without([(0, len(text))], sorted([*filled, *rest]))
     extra = [_gathered(kind, text, ranges) for kind, ranges in ((REST, rest), (TEMPLATE, template)) if ranges]
     return found + extra
+
+
+def _images(images: Sequence[ImageTokens], tokens: Sequence[str]) -> list[Unit]:
+    """A unit for every image, tile or video; what stands between its rows is its own."""
+    offsets = offsets_of(tokens)
+    edges = [(offsets[image.span.start][0], offsets[image.span.stop - 1][1]) for image in images]
+    known = zip(images, edges, strict=True)
+    return [Unit(image.kind, "", (chars,), f"{image.kind} {i}") for i, (image, chars) in enumerate(known)]
+
+
+def _beside(contents: Sequence[Content], taken: Sequence[Chars]) -> list[Content]:
+    """Contents without the characters that images take."""
+    if not taken:
+        return list(contents)
+    return [replace(c, start=a, stop=b) for c in contents for a, b in _without([(c.start, c.stop)], taken)]
 
 
 def _chosen(chosen: Units, text: str, tokens: Sequence[str], contents: Sequence[Content]) -> list[Unit]:
@@ -212,8 +237,8 @@ def _chosen(chosen: Units, text: str, tokens: Sequence[str], contents: Sequence[
         return [_document(name, document, text, contents) for name, document in chosen.items()]
     if isinstance(chosen, str) and chosen not in SPLITTERS:
         raise InputError(
-            f"units must be one of {', '.join(map(repr, (*SPLITTERS, 'message')))}, a splitter, named documents "
-            f"{{'name': 'text'}}, or ranges, got {chosen!r}"
+            f"units must be one of {', '.join(map(repr, (*SPLITTERS, 'message', 'image')))}, a splitter, named "
+            f"documents {{'name': 'text'}}, or ranges, got {chosen!r}"
         )
     if callable(chosen) or isinstance(chosen, str):
         kind = chosen if isinstance(chosen, str) else getattr(chosen, "__name__", type(chosen).__name__)

@@ -56,6 +56,11 @@ def verify_attribution(
 ) -> Verification:
     """See :meth:`flashtrace_plugin.Attribution.verify`."""
     lm = _model_of(attribution, model)
+    if attribution.images:
+        raise InputError(
+            "what an explanation says of images cannot be verified by replacing tokens: the model would be run "
+            "without the image, and no token stands for an image that is not there"
+        )
     as_scores(attribution)  # refuses numbers that are not finite
     scored = attribution.by(unit)
     places = _places(lm, attribution.token_ids, attribution.tokens[attribution.prompt.slice], scored.units)

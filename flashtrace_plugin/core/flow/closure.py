@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flashtrace_plugin.core.flow.layer import Layer
-from flashtrace_plugin.core.flow.pattern import channel_flow, weighted_flow
+from flashtrace_plugin.core.flow.pattern import channel_flow, reach, weighted_flow
 
 
 def closure(layers: Sequence[Layer], weights: Tensor) -> tuple[float, int]:
@@ -18,7 +18,7 @@ def closure(layers: Sequence[Layer], weights: Tensor) -> tuple[float, int]:
 
     It costs one weighted flow per layer; a hop computes the same gaps on its way.
     """
-    stop = last_position(layers[0], weights) + 1
+    stop = last_read(layers, weights.nonzero()[:, 0])
     gaps = torch.cat([_gap(layer, weights.to(layer.v.device), stop).cpu() for layer in layers])
     return float(gaps.max()), int(gaps.argmax())
 
@@ -79,6 +79,6 @@ def row_sum(weights: Tensor, resid: Tensor) -> Tensor:
     return weights @ resid.float() if resid.dim() == 2 else (weights[:, None] @ resid.float())[:, 0]
 
 
-def last_position(layer: Layer, weights: Tensor) -> int:
-    """Position of the last row with weight. weights: [rows]"""
-    return int(layer.pattern.positions[weights.nonzero()[-1, 0]])
+def last_read(layers: Sequence[Layer], rows: Tensor) -> int:
+    """One behind the last position that any layer reads from the rows [r], increasing."""
+    return max(reach(layer.pattern, rows) for layer in layers)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flashtrace_plugin.core.flow.closure import closure_gap, last_position, mlp_gap, read_values, row_sum
+from flashtrace_plugin.core.flow.closure import closure_gap, last_read, mlp_gap, read_values, row_sum
 from flashtrace_plugin.core.flow.layer import Layer
 from flashtrace_plugin.core.flow.pattern import pattern_rows
 from flashtrace_plugin.core.flow.proximity import proximity, source_proximity
@@ -80,9 +80,9 @@ def one_hop(layers: Sequence[Layer], weights: Tensor, length: int) -> Shares:
     """Attributes the weighted sum of rows, as one vector, to all positions.
 
     weights: [rows]   w_i >= 0 over the recorded positions, at least one non-zero
-    length:  N        scores of positions after the last weighted one are exactly 0
+    length:  N        scores of positions after the last that a weighted one reads are exactly 0
     """
-    stop = last_position(layers[0], weights) + 1
+    stop = last_read(layers, weights.nonzero()[:, 0])
     return _assemble(layers, [_aggregate_shares(layer, weights, stop) for layer in layers], length, stop)
 
 
@@ -117,7 +117,7 @@ def hops_together(texts: Sequence[Sequence[Layer]], weights: Sequence[Tensor], l
 
 
 def _row_block(layers: Sequence[Layer], rows: Tensor, length: int) -> Shares:
-    stop = int(layers[0].pattern.positions[rows[-1]]) + 1
+    stop = last_read(layers, rows)
 
     def shares(layer: Layer) -> _LayerShares:
         if layer.z_gate is not None:  # the gate makes v W_O differ from row to row

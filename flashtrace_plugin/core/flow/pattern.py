@@ -54,6 +54,7 @@ class QKPattern:
     q:         [H, rows, d_k]  after rotary embedding and q-norm
     k:         [H_kv, N, d_k]  after rotary embedding and k-norm, KV heads not repeated
     first_key: [N]           query i reads keys first_key[i]..i (sliding windows, chunks, padding); None: from 0
+    last_key:  [N]           query i reads keys up to last_key[i] >= i (images, prefixes); None: up to itself
     scaling:   float         multiplies q k^T
     softcap:   float         scores become softcap * tanh(scores / softcap); None: no cap
     sinks:     [H]           extra logit per head that takes mass and gives no value (gpt-oss); None: no sink
@@ -68,11 +69,12 @@ class QKPattern:
     softcap: float | None = None
     sinks: Tensor | None = None
     bias: Tensor | None = None
+    last_key: Tensor | None = None
 
     def blocks(self, rows: Tensor) -> Iterator[tuple[slice, int, Tensor]]:
         """See :class:`Pattern`. ``rows`` [r] are indices into ``positions``, increasing."""
-        heads, last = self.q.shape[0], int(self.positions[rows[-1]]) + 1
-        size = max(MIN_BLOCK_ROWS, block_bytes(self.q.device, BLOCK_BYTES) // (4 * heads * last))
+        heads, stop = self.q.shape[0], reach(self, rows)
+        size = max(MIN_BLOCK_ROWS, block_bytes(self.q.device, BLOCK_BYTES) // (4 * heads * stop))
         for begin in range(0, len(rows), size):
             part = slice(begin, min(begin + size, len(rows)))
             yield part, *self._softmax(rows[part])
@@ -80,7 +82,7 @@ class QKPattern:
     def _softmax(self, rows: Tensor) -> tuple[int, Tensor]:
         queries = self.positions[rows]
         start = 0 if self.first_key is None else int(self.first_key[queries].min())
-        stop = int(queries[-1]) + 1
+        stop = reach(self, rows)
         scores = self._scores(rows, start, stop)
         self._hide(scores, queries, start)
         if self.sinks is None:
@@ -105,8 +107,9 @@ class QKPattern:
     def _hide(self, scores: Tensor, queries: Tensor, start: int) -> None:
         """Takes away, in place, what a query may not see. Only keys at the edges of a block are hidden from anyone."""
         keys = torch.arange(start, start + scores.shape[-1], device=queries.device)
-        late = slice(max(0, int(queries[0]) + 1 - start), None)
-        scores[..., late].masked_fill_(keys[late] > queries[:, None], -torch.inf)
+        last = queries if self.last_key is None else self.last_key[queries]
+        late = slice(max(0, int(last.min()) + 1 - start), None)
+        scores[..., late].masked_fill_(keys[late] > last[:, None], -torch.inf)
         if self.first_key is not None:
             first = self.first_key[queries]
             early = slice(0, int(first.max()) - start)
@@ -128,6 +131,13 @@ class StoredPattern:
         """See :class:`Pattern`."""
         stop = int(self.positions[rows[-1]]) + 1
         yield slice(0, len(rows)), 0, self.A[:, rows, :stop].float()
+
+
+def reach(pattern: Pattern, rows: Tensor) -> int:
+    """One behind the last key that any of the rows [r], indices into ``pattern.positions``, increasing, reads."""
+    last = pattern.last_key if isinstance(pattern, QKPattern) else None
+    queries = pattern.positions[rows]
+    return int(queries[-1] if last is None else last[queries].max()) + 1
 
 
 def weighted_flow(pattern: Pattern, weights: Tensor, length: int) -> Tensor:

@@ -62,10 +62,17 @@ def _recorded(name: str) -> Callable[..., Any]:
     ) -> Any:
         note = vars(module).get(_NOTE)
         if note is not None:
-            note(module, AttentionCall(name, query, key, value, attention_mask, options))
+            told = options | {"is_causal": _is_causal(module, name, options)}
+            note(module, AttentionCall(name, query, key, value, attention_mask, told))
         return kernel(module, name)(module, query, key, value, attention_mask, *args, **options)
 
     return attention
+
+
+def _is_causal(module: nn.Module, name: str, options: Mapping[str, Any]) -> bool:
+    """Whether a call without a mask is causal; eager attention then hides nothing, and others ask the module."""
+    given = options.get("is_causal")
+    return name != "eager" and bool(getattr(module, "is_causal", True) if given is None else given)
 
 
 def _register(name: str) -> str:
@@ -98,44 +105,53 @@ class MaskReader:
     """Reads masks once: one serves every layer of its kind, and N x N comparisons cost as much as attention itself."""
 
     def __init__(self) -> None:
-        self._known: list[tuple[Any, tuple[Tensor | None, Tensor | None]]] = []
+        self._known: list[tuple[Any, _Mask]] = []
 
-    def read(self, call: AttentionCall) -> tuple[Tensor | None, Tensor | None]:
-        """The mask as one interval of keys per query, ``first_key[i]..i``, and what else is added to the scores.
+    def read(self, call: AttentionCall) -> _Mask:
+        """The mask as one interval of keys per query, and what else is added to the scores.
 
-        Causal masks, sliding windows, chunks and left padding are intervals, so N numbers replace an N x N tensor.
+        Causal masks, sliding windows, chunks, left padding, and images or prefixes that are read as a whole are
+        intervals, so 2 N numbers replace an N x N tensor.
 
-        result: first_key [N] or None (plain causal attention), bias [H or 1, N or 1, N] or None
+        result: first_key [N] or None (from the first), last_key [N] or None (up to the query itself),
+                bias [H or 1, N or 1, N] or None
         """
-        first, bias = self._mask(call)
+        first, last, bias = self._mask(call)
         extra = call.options.get("position_bias")
         if extra is None:
-            return first, bias
-        return first, extra[0].detach() if bias is None else bias + extra[0].detach()
+            return first, last, bias
+        return first, last, extra[0].detach() if bias is None else bias + extra[0].detach()
 
-    def _mask(self, call: AttentionCall) -> tuple[Tensor | None, Tensor | None]:
+    def _mask(self, call: AttentionCall) -> _Mask:
         if call.mask is None:
-            return _first_keys(call), None
+            return *_keys(call), None
         for mask, parts in self._known:
             if mask is call.mask:
                 return parts
-        parts = _first_keys(call), _mask_bias(call)
+        parts = *_keys(call), _mask_bias(call)
         self._known.append((call.mask, parts))
         return parts
 
 
-def _first_keys(call: AttentionCall) -> Tensor | None:
-    """First key that each query reads [N], or None for plain causal attention.
+_Mask = tuple[Tensor | None, Tensor | None, Tensor | None]
+_Keys = tuple[Tensor | None, Tensor | None]
+"""First and last key that each query reads, [N] each; None for the first of all, and for the query itself."""
 
-    Raises UnsupportedModelError if a query reads anything but an interval of keys that ends at itself.
+
+def _keys(call: AttentionCall) -> _Keys:
+    """The keys that each query reads.
+
+    Raises UnsupportedModelError if they are anything but an interval that holds the query itself.
     """
     mask, length = call.mask, call.q.shape[-2]
     if isinstance(mask, BlockMask):
         return _interval(length, lambda rows, keys: mask.mask_mod(*_zeros(rows), rows, keys), call.q.device)
+    if mask is None and not call.options.get("is_causal", True):
+        return None, torch.full((length,), length - 1, device=call.q.device)
     if "flash" in call.kernel:
-        return _flash_start(call)
+        return _flash_start(call), None
     if mask is None:
-        return None
+        return None, None
     seen = mask[0, 0, :length, :length]
     if seen.dtype != torch.bool:
         seen = seen > torch.finfo(seen.dtype).min / 2
@@ -171,22 +187,24 @@ def _zeros(rows: Tensor) -> tuple[Tensor, Tensor]:
 _ROWS = 256
 
 
-def _interval(length: int, seen: Callable[[Tensor, Tensor], Tensor], device: torch.device) -> Tensor | None:
-    """First allowed key per query [N]; None if it is 0 everywhere. ``seen(rows [r, 1], keys [N])`` is [r, N] bool."""
+def _interval(length: int, seen: Callable[[Tensor, Tensor], Tensor], device: torch.device) -> _Keys:
+    """First and last allowed key per query. ``seen(rows [r, 1], keys [N])`` is [r, N] bool."""
     keys = torch.arange(length, device=device)
-    first = torch.cat([_block_start(seen, rows[:, None], keys) for rows in keys.split(_ROWS)])
-    return None if bool((first == 0).all()) else first
+    edges = [_edges(seen, rows[:, None], keys) for rows in keys.split(_ROWS)]
+    first, last = (torch.cat(each) for each in zip(*edges, strict=True))
+    return None if bool((first == 0).all()) else first, None if bool((last == keys).all()) else last
 
 
-def _block_start(seen: Callable[[Tensor, Tensor], Tensor], queries: Tensor, keys: Tensor) -> Tensor:
-    rows = seen(queries, keys).expand(len(queries), len(keys))
+def _edges(seen: Callable[[Tensor, Tensor], Tensor], queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    visible = seen(queries, keys).expand(len(queries), len(keys))
     # A query that may see nothing (padding) is given itself, so that its softmax stays finite.
-    blind = ~rows.any(-1)
-    first = torch.where(blind, queries[:, 0], rows.to(torch.uint8).argmax(-1))
-    interval = (keys >= first[:, None]) & (keys <= queries)
-    if not bool(((interval == rows).all(-1) | blind).all()):
+    blind, rows = ~visible.any(-1), visible.to(torch.uint8)
+    first = torch.where(blind, queries[:, 0], rows.argmax(-1))
+    last = torch.where(blind, queries[:, 0], len(keys) - 1 - rows.flip(-1).argmax(-1))
+    inside = (first <= queries[:, 0]) & (queries[:, 0] <= last) & (rows.sum(-1) == last - first + 1)
+    if not bool((inside | blind).all()):
         raise UnsupportedModelError(
-            "the attention mask is not one interval of keys ending at each query; only causal masks "
-            "(also with a window, chunks or padding) can be attributed"
+            "the attention mask is not one interval of keys around each query; only causal masks (also with a window, "
+            "chunks or padding), and images and prefixes that are read as a whole, can be attributed"
         )
-    return first
+    return first, last

@@ -125,24 +125,26 @@ class BlockRecorder:
 
     def attention(self, module: nn.Module, call: AttentionCall) -> None:
         """Notes what the block's attention module works with."""
-        first_key, bias = self.masks.read(call)
+        mask = self.masks.read(call)
         k, v = call.k.detach().clone(), call.v.detach().clone()
         each = enumerate(zip(self.texts.rows, self.texts.lengths, strict=True))
         self.read = [
-            (self._pattern(call, b, rows.to(call.q.device), k[b, :, :length], first_key, bias), v[b, :, :length])
+            (self._pattern(call, b, rows.to(call.q.device), k[b, :, :length], mask), v[b, :, :length])
             for b, (rows, length) in each
         ]
 
     def _pattern(
-        self, call: AttentionCall, text: int, rows: Tensor, k: Tensor, first_key: Tensor | None, bias: Tensor | None
+        self, call: AttentionCall, text: int, rows: Tensor, k: Tensor, mask: Sequence[Tensor | None]
     ) -> QKPattern:
         """The pattern of one of the texts; without padding that it could see, masks are those of every text."""
+        first_key, last_key, bias = mask
         return QKPattern(
             positions=rows,
             q=call.q.detach()[text, :, rows],
             k=k,
             scaling=call.options.get("scaling") or call.q.shape[-1] ** -0.5,
             first_key=first_key,
+            last_key=last_key,
             softcap=call.options.get("softcap"),
             sinks=_detached(call.options.get("s_aux")),
             bias=bias if bias is None or bias.shape[1] == 1 else bias[:, rows],
@@ -186,8 +188,8 @@ class BlockRecorder:
 
     def _post_scale(self) -> Tensor | None:
         """s_i of the norm after attention, times what its branch is multiplied by behind it. [r]"""
-        scale = self.seen.get("post_scale")
-        return scale if scale is None or self.layout.multiplier is None else scale * self._number(self.layout.multiplier)
+        scale, times = self.seen.get("post_scale"), self.layout.multiplier
+        return scale if scale is None or times is None else scale * self._number(times)
 
     def _complete(self) -> int:
         """The number of heads, once everything that the layout names has been seen."""

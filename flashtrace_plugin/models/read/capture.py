@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel
 
 from flashtrace_plugin.core.flow.layer import Layer
 from flashtrace_plugin.errors import ClosureError, InputError, UnsupportedModelError
+from flashtrace_plugin.models.inputs import placeholders, run_with
 from flashtrace_plugin.models.read.attention import MaskReader, recording
 from flashtrace_plugin.models.read.block import BlockRecorder, Texts
 from flashtrace_plugin.models.read.layouts import Layout, layout_of, transformer_blocks
@@ -35,21 +37,25 @@ _together: weakref.WeakKeyDictionary[nn.Module, tuple[str, bool]] = weakref.Weak
 """Models that were run on two texts at once, the kernel of attention then, and whether a text had its own logits."""
 
 
-def capture(model: PreTrainedModel, input_ids: Tensor, rows: Tensor) -> list[Layer]:
+def capture(
+    model: PreTrainedModel, input_ids: Tensor, rows: Tensor, inputs: Mapping[str, Any] | None = None
+) -> list[Layer]:
     """Runs the model once and returns its layers, ready for :mod:`flashtrace_plugin.core`.
 
     input_ids: [1, N]
     rows:      [r]     positions that may carry weight, increasing
+    inputs:    what else the model is given: images and what belongs to them
 
     Raises UnsupportedModelError for a family that is not in the table or a block that its layout does not fit,
     InputError for activations that are not finite, ClosureError when recording changes the model's logits or a
     parallel block does not add up. A view of the model is run, so the model is never touched.
     """
-    layout = layout_of(model)
+    layout, given = layout_of(model), inputs or {}
     with torch.no_grad():
-        if _verified.get(model) != _kernel_name(model):
-            _verify_logits(model, input_ids if whole_text(model) else input_ids[:, :_CHECKED_TOKENS])
-        (layers,) = _layers(view_of(model), layout, Texts([input_ids[0]], [rows]))
+        if _verified.get(model) != _checked_as(model, given):
+            whole = bool(given) or whole_text(model)
+            _verify_logits(model, input_ids if whole else input_ids[:, :_CHECKED_TOKENS], given)
+        (layers,) = _layers(view_of(model), layout, Texts([input_ids[0]], [rows]), given)
         return layers
 
 
@@ -66,16 +72,18 @@ def capture_together(model: PreTrainedModel, texts: Sequence[Tensor], rows: Sequ
     if apart:
         return [capture(model, ids[None], own) for ids, own in zip(texts, rows, strict=True)]
     with torch.no_grad():
-        return _layers(view_of(model), layout, Texts(texts, rows))
+        return _layers(view_of(model), layout, Texts(texts, rows), {})
 
 
-def _layers(view: PreTrainedModel, layout: Layout, texts: Texts) -> list[list[Layer]]:
+def _layers(view: PreTrainedModel, layout: Layout, texts: Texts, inputs: Mapping[str, Any]) -> list[list[Layer]]:
     """The layers of every text."""
-    recorders, _ = _record(view, layout, texts)
+    recorders, _ = _record(view, layout, texts, inputs)
     return [list(layers) for layers in zip(*(recorder.layers() for recorder in recorders), strict=True)]
 
 
-def _record(view: PreTrainedModel, layout: Layout, texts: Texts) -> tuple[list[BlockRecorder], Tensor]:
+def _record(
+    view: PreTrainedModel, layout: Layout, texts: Texts, inputs: Mapping[str, Any]
+) -> tuple[list[BlockRecorder], Tensor]:
     masks, family, input_ids = MaskReader(), _family_name(view), texts.input_ids
     recorders = [
         BlockRecorder(block, layout, texts, f"{family}, layer {i}", masks)
@@ -87,8 +95,9 @@ def _record(view: PreTrainedModel, layout: Layout, texts: Texts) -> tuple[list[B
             stack.enter_context(recording(view, {recorder.attn: recorder.attention for recorder in recorders}))
         for recorder in recorders:
             recorder.watch(stack)
-        stack.callback(view.get_input_embeddings().register_forward_pre_hook(_same_ids(input_ids)).remove)
-        logits = _last_logits(view, input_ids, texts.lengths)
+        same = _same_ids(input_ids, placeholders(view.config) if inputs else [])
+        stack.callback(view.get_input_embeddings().register_forward_pre_hook(same).remove)
+        logits = _last_logits(view, input_ids, texts.lengths, inputs)
     if not bool(torch.isfinite(logits).all()):
         raise InputError(
             "the model's activations are not finite (NaN or infinity in the logits); "
@@ -97,11 +106,15 @@ def _record(view: PreTrainedModel, layout: Layout, texts: Texts) -> tuple[list[B
     return recorders, logits
 
 
-def _same_ids(input_ids: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    """A hook that refuses to embed other tokens than those that scores are given to."""
+def _same_ids(input_ids: Tensor, placeholders: list[int]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    """A hook that refuses to embed other tokens than those that scores are given to.
+
+    placeholders: ids in whose place the model puts an image, so that what it embeds there is lost
+    """
+    free = torch.isin(input_ids, torch.tensor(placeholders, dtype=torch.long, device=input_ids.device))
 
     def check(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        if args and not torch.equal(args[0].to(input_ids.device), input_ids):
+        if args and not torch.equal(args[0].to(input_ids.device).where(~free, input_ids), input_ids):
             raise InputError(
                 "a hook changes the token ids before they are embedded, so scores would be given to tokens that the "
                 "model does not read; remove it, and pass the ids that it makes"
@@ -131,24 +144,31 @@ def _kernel_name(model: PreTrainedModel) -> str:
     return str(model.config.get_text_config()._attn_implementation)
 
 
-def _last_logits(model: PreTrainedModel, input_ids: Tensor, lengths: Sequence[int]) -> Tensor:
+def _last_logits(
+    model: PreTrainedModel, input_ids: Tensor, lengths: Sequence[int], inputs: Mapping[str, Any]
+) -> Tensor:
     """Logits of each last position [B, vocabulary]; others are never computed where the model can skip them."""
     ends = sorted(set(lengths))
     at = [ends.index(length) for length in lengths]
     # As positions: told how many, Gemma 4 computes its last layers for those rows only.
     keep = torch.tensor(ends) - 1
     options = {"logits_to_keep": keep} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    logits = model(input_ids=input_ids, use_cache=False, **options).logits
+    logits = run_with(model, input_ids, inputs, **options).logits
     return (logits if options else logits[:, keep])[range(len(at)), at]
 
 
-def logit_gap(model: PreTrainedModel, input_ids: Tensor) -> float:
+def _checked_as(model: PreTrainedModel, inputs: Mapping[str, Any]) -> str:
+    """What the logits of a model are checked for once: its kernel, and the kinds of its inputs."""
+    return " ".join([_kernel_name(model), *sorted(inputs)])
+
+
+def logit_gap(model: PreTrainedModel, input_ids: Tensor, inputs: Mapping[str, Any] | None = None) -> float:
     """Largest difference between the last logits with and without recording, relative to the largest logit."""
-    view, length = view_of(model), input_ids.shape[1]
+    view, length, given = view_of(model), input_ids.shape[1], inputs or {}
     with torch.no_grad():
-        plain = _last_logits(view, input_ids, [length])
+        plain = _last_logits(view, input_ids, [length], given)
         last = torch.tensor([length - 1])
-        _, recorded = _record(view, layout_of(model), Texts([input_ids[0]], [last]))
+        _, recorded = _record(view, layout_of(model), Texts([input_ids[0]], [last]), given)
     return _gap(plain, recorded)
 
 
@@ -156,15 +176,15 @@ def _gap(plain: Tensor, other: Tensor) -> float:
     return float((plain - other).abs().max() / plain.abs().max())
 
 
-def _verify_logits(model: PreTrainedModel, input_ids: Tensor) -> None:
+def _verify_logits(model: PreTrainedModel, input_ids: Tensor, inputs: Mapping[str, Any]) -> None:
     """Closure cannot see a recording that changes the computation, so the logits are compared once per model."""
-    gap = logit_gap(model, input_ids)
+    gap = logit_gap(model, input_ids, inputs)
     if not gap <= _LOGIT_TOLERANCE:
         raise ClosureError(
             f"{_family_name(model)}: {type(model).__name__} gives other logits while it is recorded (relative gap "
             f"{gap:.1e}, bound {_LOGIT_TOLERANCE:.0e}); load it with attn_implementation='eager' or 'sdpa'"
         )
-    _verified[model] = _kernel_name(model)
+    _verified[model] = _checked_as(model, inputs)
 
 
 def _runs_together(model: PreTrainedModel, texts: Sequence[Tensor]) -> bool:
@@ -184,6 +204,7 @@ def together_gap(model: PreTrainedModel, texts: Sequence[Tensor]) -> float:
     longer = torch.cat([shorter.flip(0), shorter[: max(1, len(shorter) // 2)]])
     view, lengths = view_of(model), [len(shorter), len(longer)]
     with torch.no_grad():
-        alone = _last_logits(view, shorter[None], lengths[:1])
-        _, beside = _record(view, layout_of(model), Texts([shorter, longer], [torch.tensor([n - 1]) for n in lengths]))
+        alone = _last_logits(view, shorter[None], lengths[:1], {})
+        texts_of = Texts([shorter, longer], [torch.tensor([n - 1]) for n in lengths])
+        _, beside = _record(view, layout_of(model), texts_of, {})
     return _gap(alone, beside[:1])

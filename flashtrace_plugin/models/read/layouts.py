@@ -351,9 +351,10 @@ def transformer_blocks(model: PreTrainedModel) -> list[nn.Module]:
 def _blocks_of_text_model(model: PreTrainedModel, path: str) -> nn.Module | None:
     """What a path leads to from the text model inside a multimodal one, which may have a head of its own or none."""
     text = model.get_decoder() if model.config.get_text_config() is not model.config else None
-    for inside in (path, path.partition(".")[2]) if isinstance(text, nn.Module) else ():
+    places = [path, path.partition(".")[2]] if isinstance(text, nn.Module) else []
+    for inside in filter(None, places):
         with suppress(AttributeError):
-            return text.get_submodule(inside) if inside else None
+            return text.get_submodule(inside)  # type: ignore[union-attr]
     return None
 
 

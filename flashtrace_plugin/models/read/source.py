@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from flashtrace_plugin.core.flow.layer import Layer
+from flashtrace_plugin.errors import UnsupportedModelError
+from flashtrace_plugin.images import ImageTokens
 
 _ADAPTERS = {"transformer_lens": "flashtrace_lens"}
 """Host package -> adapter that reads its models. The host is never imported from here: who holds one of its
@@ -40,6 +42,17 @@ class Source(Protocol):
         """:meth:`layers` of several texts [n], with the same numbers; in one forward pass where that can be."""
         ...
 
+    def given(self, input_ids: Tensor, prompt_length: int, inputs: Mapping[str, Any]) -> Source:
+        """The source that gives its model more than the ids [1, N]: images and what belongs to them.
+
+        Raises UnsupportedModelError where only ids can be read, InputError for inputs that do not fit.
+        """
+        ...
+
+    def images(self, input_ids: Tensor) -> tuple[ImageTokens, ...]:
+        """The images that it was given, as they stand among the ids [N]."""
+        ...
+
     def describe(self) -> dict[str, Any]:
         """What to note in the settings of a result: model, family, dtype, source."""
         ...
@@ -62,10 +75,11 @@ class _HuggingFaceSource:
 
     tokenizer = None
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, inputs: Mapping[str, Any] | None = None) -> None:
         from flashtrace_plugin.models.guard import check_model
 
         self.model = self.language_model = check_model(model)
+        self.inputs = inputs or {}
 
     def check_ids(self, input_ids: Tensor) -> Tensor:
         from flashtrace_plugin.models.guard import check_ids
@@ -73,9 +87,21 @@ class _HuggingFaceSource:
         return check_ids(self.model, input_ids)
 
     def layers(self, input_ids: Tensor, rows: Tensor) -> list[Layer]:
+        from flashtrace_plugin.models.inputs import check_placeholders
         from flashtrace_plugin.models.read.capture import capture
 
-        return capture(self.model, input_ids, rows)
+        check_placeholders(self.model, input_ids, self.inputs)
+        return capture(self.model, input_ids, rows, self.inputs)
+
+    def given(self, input_ids: Tensor, prompt_length: int, inputs: Mapping[str, Any]) -> Source:
+        from flashtrace_plugin.models.inputs import checked_inputs
+
+        return _HuggingFaceSource(self.model, checked_inputs(self.model, input_ids, prompt_length, inputs))
+
+    def images(self, input_ids: Tensor) -> tuple[ImageTokens, ...]:
+        from flashtrace_plugin.models.inputs import find_images
+
+        return find_images(self.model, input_ids, self.inputs) if self.inputs else ()
 
     def layers_together(self, texts: Sequence[Tensor], rows: Sequence[Tensor]) -> list[list[Layer]]:
         from flashtrace_plugin.models.read.capture import capture_together
@@ -96,10 +122,18 @@ class _HuggingFaceSource:
     def whole_text(self) -> bool:
         from flashtrace_plugin.models.user_hooks import whole_text
 
-        return whole_text(self.model)
+        return bool(self.inputs) or whole_text(self.model)  # an image is not to be cut off from its tokens
 
     def runner(self, input_ids: Tensor) -> Any:
         from flashtrace_plugin.models.derive.relevance import HuggingFace
+        from flashtrace_plugin.models.inputs import check_placeholders
+
+        check_placeholders(self.model, input_ids, self.inputs)
+        if self.inputs:
+            raise UnsupportedModelError(
+                "relevance and curvature are taken at the token embeddings, and images take the place of these inside "
+                "the model; use FlashTrace, IFR, RecursiveAttribution or ALTI"
+            )
 
         return HuggingFace(self.model)
 
