@@ -12,7 +12,11 @@ from typing import Any
 
 import torch
 import transformers
+from PIL import Image, ImageDraw
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as CLASSES
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from tests.tiny import (
     COMMON,
@@ -26,6 +30,7 @@ from tests.tiny import (
     WIDE,
     WIDE_WINDOW,
     randomise,
+    tiny_tokenizer,
 )
 
 IMAGE, VIDEO, AUDIO, BEGIN, END, OTHER = range(VOCAB_SIZE, VOCAB_SIZE + 6)
@@ -298,3 +303,50 @@ AUDIO_TOWER = {
     "downsample_hidden_size": 8,
     "max_source_positions": 16,
 }
+
+
+IMAGE_MARKS = {"llava": "<image>", "qwen2_5_vl": "<|vision_start|><|image_pad|><|vision_end|>", "gemma3": "<boi>"}
+"""Types that have a processor here, and what their chat template writes for an image."""
+
+
+def tiny_processor(kind: str, model: Any):
+    """The type's own processor over a tiny tokenizer, whose image token the model is told of."""
+    tokenizer = tiny_tokenizer()
+    names = {"llava": "<image>", "qwen2_5_vl": "<|image_pad|>", "gemma3": "<soft>"}
+    marks = [names[kind], "<boi>", "<eoi>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": marks})
+    for name, mark in (("image", names[kind]), ("boi", "<boi>"), ("eoi", "<eoi>")):
+        setattr(tokenizer, f"{name}_token", mark)
+        setattr(tokenizer, f"{name}_token_id", tokenizer.convert_tokens_to_ids(mark))
+    model.config.image_token_id = tokenizer.image_token_id
+    template = TEMPLATE.replace("IMAGE", IMAGE_MARKS[kind])
+    if kind == "llava":
+        images = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+        options = {"patch_size": 7, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+        return transformers.LlavaProcessor(images, tokenizer, chat_template=template, **options)
+    if kind == "gemma3":
+        images = Gemma3ImageProcessorPil(size={"height": 28, "width": 28})
+        return transformers.Gemma3Processor(images, tokenizer, chat_template=template, image_seq_length=4)
+    images = Qwen2VLImageProcessorPil(patch_size=7, merge_size=2, min_pixels=28 * 28, max_pixels=56 * 28)
+    return _WithoutVideos(images, tokenizer, None, chat_template=template)
+
+
+class _WithoutVideos(transformers.Qwen2_5_VLProcessor):
+    """Its video processor needs torchvision, which is not installed for tests."""
+
+    def check_argument_for_proper_class(self, *args: Any) -> None:
+        pass
+
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{% for p in m.content %}"
+    "{% if p.type == 'image' %}IMAGE{% else %}{{ p.text }}{% endif %}"
+    "{% endfor %}</s>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def drawing(width: int = 28, height: int = 56, at: tuple[int, int] = (14, 0)):
+    """A grey picture with a red square of 14 pixels."""
+    picture = Image.new("RGB", (width, height), (90, 90, 90))
+    ImageDraw.Draw(picture).rectangle([*at, at[0] + 13, at[1] + 13], fill=(220, 30, 30))
+    return picture
