@@ -266,7 +266,9 @@ def _with_media(processor: Any, chat: Conversation, generation: str, ends: froze
         made = dict(processor.apply_chat_template(list(chat.messages), tools=chat.tools, **options, **chat.options))
     except UNRENDERED as error:
         raise InputError(f"the processor cannot make tokens of the messages: {error}") from error
-    prompt = made.pop("input_ids")[0]
+    prompt, mask = made.pop("input_ids")[0], made.pop("attention_mask", None)
+    if mask is not None and not bool(mask.all()):
+        raise InputError("the processor pads the prompt; pass one that does not")
     written = tokenizer(generation, add_special_tokens=False)["input_ids"]
     found = from_ids(tokenizer, torch.cat([prompt, torch.tensor(written, dtype=prompt.dtype)]), len(prompt), ends)
     contents = in_order(chat.messages, "".join(found.tokens[: len(prompt)]))

@@ -12,6 +12,7 @@ from flashtrace_plugin import ALTI, HETA, IFR, LRP, Attribution, FlashTrace, Inp
 from flashtrace_plugin.errors import UnsupportedModelError
 from flashtrace_plugin.images import overlay
 from flashtrace_plugin.models.inputs import find_images
+from tests.picture import entering, let_read, of_square
 from tests.reference import dense
 from tests.tiny import random_ids, tiny, tiny_tokenizer
 from tests.vision import IMAGE, IMAGE_MARKS, IMAGES, VIDEO, drawing, tiny_processor, tiny_vision, with_images
@@ -76,16 +77,9 @@ def test_a_patch_is_where_its_pixels_are(kind):
         changed["pixel_values"][4 * (columns - 1) : 4 * columns] += 9.0
     else:
         changed["pixel_values"].view(-1, 3, 28, 28)[0, :, : 28 // rows, -28 // columns :] += 9.0
-    before, after = (_entering(model, ids, given)[list(image.positions)] for given in (inputs, changed))
+    before, after = (entering(model, ids, given)[list(image.positions)] for given in (inputs, changed))
     moved = (after - before).norm(dim=1).view(rows, columns)
     assert divmod(int(moved.argmax()), columns) == (0, columns - 1)
-
-
-def _entering(model, ids, inputs):
-    from flashtrace_plugin.models.read.capture import capture
-
-    with torch.no_grad():
-        return capture(model, ids[None], torch.arange(len(ids)), inputs)[0].resid_pre
 
 
 def test_a_patch_that_alone_is_read_is_found():
@@ -94,12 +88,7 @@ def test_a_patch_that_alone_is_read_is_found():
     text, wanted = random_ids(9), 6
     ids = torch.cat([text[:2], torch.full((16,), IMAGE), text[2:]])
     inputs = {"pixel_values": IMAGES["llava"].inputs["pixel_values"][:1]}
-    block = model.model.language_model.layers[0]
-    with torch.no_grad():
-        normed = block.input_layernorm(_entering(model, ids, inputs))
-        wish = torch.zeros(len(ids)).index_fill(0, torch.tensor([2 + wanted]), 1.0)
-        direction = torch.linalg.lstsq(normed.double(), wish.double()[:, None]).solution[:, 0].float()
-        block.self_attn.v_proj.weight.copy_(torch.ones(len(block.self_attn.v_proj.weight), 1) * direction)
+    let_read(model, ids, inputs, [2 + wanted])
     found = FlashTrace(model, hops=0).attribute_ids(ids, prompt_length=20, target=Span(24, 25), inputs=inputs)
     patches = found.patches(0).flatten()
     assert int(patches.argmax()) == wanted
@@ -160,6 +149,12 @@ def test_an_overlay_shows_the_patches():
         overlay(torch.ones(3), drawing())
     with pytest.raises(InputError, match="strength"):
         overlay(torch.ones(3, 3), drawing(), strength=2)
+
+
+def test_the_picture_of_the_docs_shows_the_square():
+    found, _ = of_square()
+    square = found.patches()[2:4, 2:4]
+    assert square.shape == (2, 2) and float(square.sum()) > 0.99 * float(found.scores.sum())
 
 
 def test_a_video_has_frames():
@@ -268,7 +263,7 @@ def test_what_would_drop_the_images_refuses_them():
     explain = FlashTrace(model, tiny_processor("qwen2_5_vl", model))
     with pytest.raises(UnsupportedModelError, match="no place for images"):
         explain.graph(messages(), GENERATION, target=TARGET, reasoning=REASONING)
-    with pytest.raises(UnsupportedModelError, match="the method 'recursive' does not read images"):
+    with pytest.raises(UnsupportedModelError, match="the method 'lrp' does not read images"):
         Recursive(LRP(model, explain.tokenizer)).attribute(messages(), GENERATION, target=TARGET)
     with pytest.raises(InputError, match="cannot be verified by replacing tokens"):
         explain.attribute(messages(), GENERATION, target=TARGET).verify()

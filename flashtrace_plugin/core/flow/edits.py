@@ -45,7 +45,8 @@ def _with_edit(index: int, layer: Layer, read: Tensor) -> Layer:
         raise ClosureError(
             f"layer {index}: a hook replaced the stream, or cancels it (L1 proximity tells {float(told.min()):.2f} of "
             f"it apart, at least {_LEAST_TOLD} is needed), and which tokens are behind what is left is not known. "
-            "Remove the hook, or let it add to the stream"
+            "Remove the hook, or let it add to the stream. A vision-language model that adds image features between "
+            "its layers can be followed through text, with recursion='reasoning'"
         )
     return replace(layer, resid_post=read, edit=edit.masked_fill(rounding[:, None], 0.0))
 
