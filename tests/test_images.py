@@ -7,8 +7,20 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 
-from flashtrace_plugin import ALTI, HETA, IFR, LRP, Attribution, FlashTrace, InputError, Recursive, Span
+from flashtrace_plugin import (
+    ALTI,
+    HETA,
+    IFR,
+    LRP,
+    Attribution,
+    FlashTrace,
+    InputError,
+    Recommended,
+    RecursiveAttribution,
+    Span,
+)
 from flashtrace_plugin.errors import UnsupportedModelError
 from flashtrace_plugin.images import overlay
 from flashtrace_plugin.models.inputs import find_images
@@ -113,6 +125,37 @@ def _without(model, ids, inputs, patch):
             return model(input_ids=ids[None], **inputs).logits[0, -1]
     finally:
         handle.remove()
+
+
+@pytest.mark.parametrize("method", [FlashTrace, RecursiveAttribution, ALTI, LRP, Recommended])
+def test_an_image_counts_as_if_its_patches_were_words(method):
+    """A plain language model that has the patches in its vocabulary, as two more lists of words, says the same."""
+    model = tiny_vision("llava")
+    ids, prompt, inputs = with_images("llava", model, random_ids(24))
+    places = ids == IMAGE
+    words = ids.masked_scatter(places, torch.arange(int(places.sum())) + 600)
+    plain = transformers.LlamaForCausalLM(model.config.text_config).eval()
+    plain.model.load_state_dict(model.model.language_model.state_dict())
+    plain.lm_head.load_state_dict(model.lm_head.state_dict())
+    table = torch.zeros(632, plain.config.hidden_size)
+    table[: plain.config.vocab_size] = plain.model.embed_tokens.weight.detach()
+    table[600:] = entering(model, ids, inputs)[places]
+    plain.set_input_embeddings(torch.nn.Embedding.from_pretrained(table))
+    spans = {"prompt_length": prompt, "reasoning": Span(prompt, prompt + 5), "target": Span(len(ids) - 3, len(ids))}
+    options = {"sinks": "keep"} if method is Recommended else {}  # these are measured by words alone
+    ours = method(model, **options).attribute_ids(ids, inputs=inputs, **spans)
+    theirs = method(plain, **options).attribute_ids(words, **spans)
+    assert torch.allclose(ours.scores, theirs.scores, rtol=1e-3, atol=1e-6)
+    assert float(ours.scores[places[:prompt]].sum()) > 0.01
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "glm4v", "internvl", "paligemma", "qwen2_5_vl"])
+def test_relevance_is_conserved_with_images(kind):
+    found = given(kind, LRP)
+    told = found.settings
+    parts = float(found.components["relevance"].double().sum()) + told["bias_share"] + told["position_share"]
+    assert parts == pytest.approx(told["objective_value"], rel=1e-4, abs=1e-5)
+    assert found.closure_error < 1e-5
 
 
 def test_every_image_is_a_unit():
@@ -246,10 +289,14 @@ def test_inputs_that_do_not_fit_are_refused(options, message):
         given(**options)
 
 
-@pytest.mark.parametrize("method", [LRP, HETA])
-def test_methods_at_the_embeddings_refuse_images(method):
-    with pytest.raises(UnsupportedModelError, match=f"the method '{method.name}' does not read images"):
-        given(method=method)
+def test_heta_refuses_images():
+    with pytest.raises(UnsupportedModelError, match="the method 'heta' does not read images"):
+        given(method=HETA)
+
+
+def test_relevance_refuses_features_that_are_added_between_layers():
+    with pytest.raises(UnsupportedModelError, match="adds image features between its layers"):
+        given("qwen3_vl", LRP)
 
 
 def test_methods_at_the_embeddings_refuse_placeholders_without_images():
@@ -263,8 +310,6 @@ def test_what_would_drop_the_images_refuses_them():
     explain = FlashTrace(model, tiny_processor("qwen2_5_vl", model))
     with pytest.raises(UnsupportedModelError, match="no place for images"):
         explain.graph(messages(), GENERATION, target=TARGET, reasoning=REASONING)
-    with pytest.raises(UnsupportedModelError, match="the method 'lrp' does not read images"):
-        Recursive(LRP(model, explain.tokenizer)).attribute(messages(), GENERATION, target=TARGET)
     with pytest.raises(InputError, match="cannot be verified by replacing tokens"):
         explain.attribute(messages(), GENERATION, target=TARGET).verify()
 

@@ -316,8 +316,8 @@ class Method(ABC):
             return self.source
         if not self.reads_images:
             raise UnsupportedModelError(
-                f"the method {self.name!r} does not read images ({', '.join(text.inputs)}); use 'flashtrace', 'ifr', "
-                "'recursive' or 'alti', which do"
+                f"the method {self.name!r} does not read images ({', '.join(text.inputs)}); use 'flashtrace', "
+                "'ifr', 'alti', 'lrp' or 'recommended', which do"
             )
         return self.source.given(ids, text.prompt_length, text.inputs)
 

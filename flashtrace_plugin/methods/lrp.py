@@ -88,6 +88,7 @@ class LRP(Method):
     """
 
     name = "lrp"
+    reads_images = True
     Options = LRPOptions
     drives = driven(hops="auto", recursion="reasoning", ignore=(), sinks="keep")
     hop_cost = 1.3  # a backward pass: .9 under rule "cp", 1.2 under "attn", 1.8 where the pass is run again for it
@@ -113,7 +114,7 @@ class LRP(Method):
         foils = self._foils(task)
         weighted = (task.rows, _generation(task)) if self.options.context == "generation" else (task.rows,)
         opened = linearised(
-            self.source.runner(task.input_ids),
+            task.source.runner(task.input_ids),
             task.input_ids,
             torch.cat(weighted).unique() - 1,
             rule=cast(Any, self.options.rule),

@@ -79,11 +79,16 @@ class Task:
     def neutral(self) -> Tensor:
         """Tokens of a target that asks for nothing, to measure sinks by: some of the prompt's own, spread evenly.
 
-        result: [N] bool, none unless sinks are asked for; the first token is left out, because nothing predicts it
+        result: [N] bool, none unless sinks are asked for; the first token is left out, because nothing predicts it,
+                and so are those of images, which nothing wrote
         """
         chosen = torch.zeros(self.length, dtype=torch.bool)
-        if self.sinks != "keep" and self.prompt_length > 1:
-            chosen[torch.linspace(1, self.prompt_length - 1, _NEUTRAL, dtype=torch.float32).round().long()] = True
+        written = torch.arange(self.length) < self.prompt_length
+        written[[0, *(i for image in self.source.images(self.input_ids[0]) for i in image.positions)]] = False
+        known = written.nonzero()[:, 0]
+        if self.sinks != "keep" and len(known):
+            at = torch.linspace(1, len(known), _NEUTRAL, dtype=torch.float32).round().long()
+            chosen[known[at - 1]] = True
         return chosen
 
     @property

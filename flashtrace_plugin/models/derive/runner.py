@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from flashtrace_plugin.errors import UnsupportedModelError
 from flashtrace_plugin.models.read.layouts import transformer_blocks
 from flashtrace_plugin.models.user_hooks import hooked, whole_text
 from flashtrace_plugin.models.view import view_of
@@ -53,33 +55,73 @@ class Runner(Protocol):
 
 
 class HuggingFace:
-    """A causal language model of transformers as a :class:`Runner`."""
+    """A causal language model of transformers as a :class:`Runner`.
+
+    inputs: what else it is given: images, which are then part of what :meth:`embed` makes of a text
+    """
 
     own_kernel = True
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, inputs: Mapping[str, Any] | None = None) -> None:
         self.model: Any = view_of(model)
+        self.inputs = inputs or {}
+        if inputs and getattr(getattr(model.config, "vision_config", None), "deepstack_visual_indexes", None):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} adds image features between its layers, where relevance would have to start "
+                "as well as at the embeddings; use FlashTrace, IFR or RecursiveAttribution"
+            )
         self.name = type(model).__name__
         self.blocks: Sequence[nn.Module] = _blocks(self.model)
         self.table = model.get_input_embeddings().weight
         head = model.get_output_embeddings()
         self.head = head.weight if type(head) is nn.Linear else None
-        self.whole, self.hooked = whole_text(model), hooked(model)
+        self.whole, self.hooked = bool(inputs) or whole_text(model), hooked(model)
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def embed(self, ids: Tensor) -> Tensor:
-        return self.model.get_input_embeddings()(ids)
+        if not self.inputs:
+            return self.model.get_input_embeddings()(ids)
+        self._ids = ids
+        seen: list[Tensor] = []
+        with self._entering(seen.append):
+            self.plain(ids, ids.new_zeros(1))
+        if len(seen) != 1:
+            raise UnsupportedModelError(
+                f"{self.name} does not hand its text model embeddings in which images have their place, so relevance "
+                "has no place to start from; use FlashTrace, IFR, RecursiveAttribution or ALTI"
+            )
+        return seen[0]
 
     def vectors(self, ids: Tensor) -> Tensor:
         return self.model.get_input_embeddings().forward(ids)
 
     def logits(self, embeddings: Tensor, keep: Tensor) -> Tensor:
-        return self._run(keep, inputs_embeds=embeddings)
+        if not self.inputs:
+            return self._run(keep, inputs_embeds=embeddings)
+        # The model makes positions and masks of ids and images, so it gets these, and its text model the embeddings.
+        with self._entering(lambda _: embeddings):
+            return self.plain(self._ids, keep)
+
+    @contextmanager
+    def _entering(self, change: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+        """While active, ``change`` sees what enters the text model and may put something else in its place."""
+
+        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+            if kwargs.get("inputs_embeds") is None:
+                return None
+            new = change(kwargs["inputs_embeds"])
+            return None if new is None else (args, kwargs | {"inputs_embeds": new})
+
+        handle = self.model.get_decoder().register_forward_pre_hook(hook, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def plain(self, ids: Tensor, keep: Tensor) -> Tensor:
-        return self._run(keep, input_ids=ids)
+        return self._run(keep, input_ids=ids, **self.inputs)
 
-    def _run(self, keep: Tensor, **inputs: Tensor) -> Tensor:
+    def _run(self, keep: Tensor, **inputs: Any) -> Tensor:
         if self._keeps:
             return self.model(use_cache=False, logits_to_keep=keep, **inputs).logits[0]
         return self.model(use_cache=False, **inputs).logits[0, keep]
@@ -87,8 +129,10 @@ class HuggingFace:
 
 def _blocks(model: PreTrainedModel) -> list[nn.Module]:
     """The list of as many modules as the model has layers; that of the family's layout if there is no such list."""
-    layers = model.config.get_text_config().num_hidden_layers
-    for module in model.modules():
+    text = model.config.get_text_config()
+    inside = model if text is model.config else model.get_decoder()  # a vision tower may have as many
+    layers = text.num_hidden_layers
+    for module in inside.modules():
         if isinstance(module, nn.ModuleList) and len(module) == layers:
             return list(module)
     return transformer_blocks(model)

@@ -9,7 +9,6 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from flashtrace_plugin.core.flow.layer import Layer
-from flashtrace_plugin.errors import UnsupportedModelError
 from flashtrace_plugin.images import ImageTokens
 
 _ADAPTERS = {"transformer_lens": "flashtrace_lens"}
@@ -129,13 +128,8 @@ class _HuggingFaceSource:
         from flashtrace_plugin.models.inputs import check_placeholders
 
         check_placeholders(self.model, input_ids, self.inputs)
-        if self.inputs:
-            raise UnsupportedModelError(
-                "relevance and curvature are taken at the token embeddings, and images take the place of these inside "
-                "the model; use FlashTrace, IFR, RecursiveAttribution or ALTI"
-            )
 
-        return HuggingFace(self.model)
+        return HuggingFace(self.model, self.inputs)
 
 
 def source_for(model: Any) -> Source:
