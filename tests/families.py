@@ -11,12 +11,15 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 import transformers
 
 from flashtrace_plugin import HETA, LRP, FlashTrace, Span
 from flashtrace_plugin.errors import FlashTraceError
-from flashtrace_plugin.models.read.layouts import Layout, layout_for
+from flashtrace_plugin.models.read.layouts import REASONS, Layout, layout_for
 from tests.tiny import FAMILIES, config_of, random_ids, tiny
+from tests.vision import CLASSES, IMAGES, LARGE, PREFIX, TYPES, UNREAD, tiny_vision, with_images
+from tests.vision import config_of as vision_config_of
 
 PAGE = Path(__file__).parent.parent / "docs" / "families.md"
 
@@ -34,8 +37,8 @@ Every row is a random model of three layers in float32, all of whose parameters 
   reads the model a second time, through eager attention and its projections, relative to the largest score.
 - **sources**: `streaming` is plain hooks on the untouched Hugging Face model; `hook points` is a `TransformerBridge`.
 
-What follows a colon names a second layout of the same family. Multimodal models are run on token ids alone, as text;
-beyond the rows, gemma3 is read as well, whose text model is the row gemma3_text.
+What follows a colon names a second layout of the same family. Multimodal models in this table are run on token ids
+alone, as text.
 
 FlashTrace, IFR and RecursiveAttribution read every row. LRP conserves relevance in every row but those that are
 refused below (`tests/test_relevance_core.py`), and HETA runs wherever a model is a function of its embeddings.
@@ -43,10 +46,20 @@ refused below (`tests/test_relevance_core.py`), and HETA runs wherever a model i
 
 """
 
+VISION = """
+## Vision-language models
+
+The types of transformers' mapping for images and text, built and checked in the same way (`tests/test_vision.py`), on
+text alone and with two images, or one that is cut into tiles. Their blocks have the layout of their text model and are
+found where that keeps them, so a type needs no line of its own. The last column is the grids of the images that are
+tested, [images.md](images.md) says what they are. got_ocr2 and what is built like it run in float64 with images, since
+their random vision towers make features so large that all else drowns in rounding.
+
+"""
+
 OTHERS = """
 Any model type that is not in the table is refused by name. So are encoder-decoders, models without a language-model
-head, and sequences that begin with padding. Mllama is refused because text alone skips its cross-attention layers,
-which have no pattern over the text; Gemma 4's assistants because they read another model's keys and values.
+head, and sequences that begin with padding; Gemma 4's assistants because they read another model's keys and values.
 """
 
 _UNKNOWN, _NO_VALUES = "Unsupported architecture", "no hook point blocks.1.attn.hook_v"
@@ -105,20 +118,28 @@ REFUSED = {
 
 def page(numbers: Callable[[str], tuple[str, str, str]]) -> str:
     """The page. numbers: closure, logits and scores of a family, as they are shown"""
-    return INTRODUCTION + _table(numbers) + "\n## Refused\n\n" + _refused() + OTHERS
+    return INTRODUCTION + _table(numbers) + VISION + _vision(numbers) + "\n## Refused\n\n" + _refused() + OTHERS
 
 
 def measured(family: str) -> tuple[str, str, str]:
     """What the test of a family measures."""
     from tests.test_families import check
+    from tests.tiny import random_ids
 
-    found = check(tiny(family))
+    kind, _, how = family.partition(" ")
+    if how == "with images":
+        model = tiny_vision(kind, dtype=torch.float64 if kind in LARGE else torch.float32)
+        found = check(model, *with_images(kind, model, random_ids(24)))
+    else:
+        found = check(tiny_vision(kind) if how else tiny(family))
     return f"{found.closure:.0e}", f"{found.logits:.1g}", f"{found.scores:.0e}"
 
 
 def noted(text: str) -> Callable[[str], tuple[str, str, str]]:
     """What a page says was measured; "?" for a family that is not there."""
-    found = dict(re.findall(r"^\| (\S+) \| [^|]+ \| (.+? \| .+? \| .+?) \|", text, re.MULTILINE))
+    found = dict(
+        re.findall(r"^\| (\S+(?: as text| with images)?) \| [^|]+ \| (\S+ \| \S+ \| \S+) \|", text, re.MULTILINE)
+    )
 
     def numbers(family: str) -> tuple[str, str, str]:
         closure, logits, scores = found.get(family, "? | ? | ?").split(" | ")
@@ -133,6 +154,38 @@ def _table(numbers: Callable[[str], tuple[str, str, str]]) -> str:
         cells = family, _sources(family), *numbers(family), _block(layout_for(config_of(family)))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _vision(numbers: Callable[[str], tuple[str, str, str]]) -> str:
+    """A row for every type that is read, twice where it is with images, and one for each that is not."""
+    lines = ["| type | text model | closure | logits | scores | images |", "|---|---|---|---|---|---|"]
+    for kind in TYPES:
+        text = vision_config_of(kind).get_text_config().model_type
+        for how in [*(["as text"] if kind not in PREFIX else []), *(["with images"] if kind in IMAGES else [])]:
+            cells = f"{kind} {how}", text, *numbers(f"{kind} {how}"), _images(kind) if how == "with images" else ""
+            lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        "",
+        "Of transformers' other types for images and text:",
+        "",
+        "| type | why it is not read |",
+        "|---|---|",
+    ]
+    return "\n".join([*lines, *(f"| {kind} | {_why(kind)} |" for kind in CLASSES if kind not in TYPES)]) + "\n"
+
+
+def _images(kind: str) -> str:
+    """How the images' tokens are known."""
+    grids = [" x ".join(map(str, grid)) for grid in IMAGES[kind].grids]
+    return ", ".join(grids) if all(grids) else "positions, no grid"
+
+
+def _why(kind: str) -> str:
+    if kind in UNREAD:
+        return UNREAD[kind]
+    config = getattr(transformers, CLASSES[kind]).config_class() if kind != "gemma3n" else None
+    kinds = ["gemma3n_text"] if config is None else [config.model_type, config.get_text_config().model_type]
+    return next(REASONS[name] for name in kinds if name in REASONS)
 
 
 def _sources(family: str) -> str:

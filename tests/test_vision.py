@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 
 from flashtrace_plugin import FlashTrace, Span
 from flashtrace_plugin.core.flow.hop import one_hop
 from flashtrace_plugin.errors import UnsupportedModelError
 from flashtrace_plugin.models.inputs import find_images
 from flashtrace_plugin.models.read.capture import capture
-from flashtrace_plugin.models.read.layouts import supported_families
+from flashtrace_plugin.models.read.layouts import layout_for, supported_families
 from tests import tiny, vision
 from tests.reference import dense
 from tests.test_families import check
 from tests.tiny import random_ids
-from tests.vision import CLASSES, IMAGE, IMAGES, PREFIX, TYPES, tiny_vision, with_images
-
-LARGE = ("got_ocr2", "pp_chart2table")
-"""Types whose random vision tower makes features so large that all else drowns in their rounding."""
+from tests.vision import CLASSES, IMAGE, IMAGES, LARGE, PREFIX, TYPES, UNREAD, tiny_vision, with_images
 
 
 def attributed(model, ids, prompt, inputs, **options):
@@ -78,4 +76,24 @@ def test_every_text_model_of_the_table_is_tested():
 
 
 def test_the_types_are_those_of_transformers():
-    assert set(TYPES) <= set(CLASSES)
+    assert set(TYPES) | set(UNREAD) <= set(CLASSES)
+    assert not set(TYPES) & set(UNREAD)
+
+
+def test_a_configuration_without_a_text_model_is_told():
+    model = tiny_vision("llava")
+    model.config.text_config = None
+    with pytest.raises(UnsupportedModelError, match="no configuration of a text model"):
+        check(model)
+
+
+def test_an_unknown_text_model_is_named():
+    model = tiny_vision("llava")
+    model.config.text_config.model_type = "mine"
+    with pytest.raises(UnsupportedModelError, match="'llava' with the text model 'mine' is not supported"):
+        check(model)
+
+
+def test_a_refused_family_is_told_why():
+    with pytest.raises(UnsupportedModelError, match=r"'mllama'.* is not supported: its cross-attention layers"):
+        layout_for(transformers.MllamaConfig())

@@ -84,6 +84,16 @@ PINPOINTS = {"image_grid_pinpoints": [[28, 28], [28, 56], [56, 28]]}
 MOLMO2_ADAPTER = {k: v for k, v in TOWER.items() if k in ("hidden_size", "intermediate_size", "head_dim")}
 MOLMO2_ADAPTER |= {"text_hidden_size": 32, "vision_feature_layer": [1, 0]}
 MOLMO2_ADAPTER |= {"num_attention_heads": 2, "num_key_value_heads": 2}
+KOSMOS = {"embed_dim": 32, "layers": 3, "attention_heads": 4, "ffn_dim": 48}
+PICTURE_WORDS = {"vocabulary_map": {"<image>": IMAGE, "IMGIMGA": BEGIN, "<|visual token 000001|>": BEGIN}}
+CODES = {"embed_dim": 8, "latent_channels": 8, "base_channels": 32, "channel_multiplier": [1], "num_res_blocks": 1}
+EMU3_CODES = CODES | {"model_type": "emu3_vqgan", "codebook_size": 16, "latent_channels": 4, "attn_resolutions": []}
+JANUS_CODES = CODES | {"model_type": "janus_vqgan", "num_patches": 4, "projection_dim": 16}
+JANUS_CODES |= {"image_token_embed_dim": 32, "num_embeddings": 16}
+CODES |= {"num_embeddings": 16}
+SAM = {"model_type": "sam_vision_model", "hidden_size": 16, "output_channels": 8, "num_hidden_layers": 1}
+SAM |= {"num_attention_heads": 2, "image_size": 32, "patch_size": 8, "mlp_dim": 16, "window_size": 2}
+SAM |= {"global_attn_indexes": [0]}
 
 
 @dataclass(frozen=True)
@@ -98,15 +108,19 @@ class Tiny:
 TYPES = {
     "aria": Tiny(),
     "aya_vision": Tiny(),
+    "chameleon": Tiny(GATED, own=PICTURE_WORDS | {"vq_config": CODES | {"resolution": 28}}),
     "cohere2_vision": Tiny(own={"alignment_intermediate_size": 32}),
     "cosmos3_edge": Tiny(QWEN3_VL),
     "cosmos3_omni": Tiny(QWEN3_VL, DEEPSTACK),
     "deepseek_vl": Tiny(),
+    "deepseek_vl_hybrid": Tiny(own={"high_res_vision_config": SAM}),
+    "emu3": Tiny(GATED, own=PICTURE_WORDS | {"vq_config": EMU3_CODES}),
     "ernie4_5_vl_moe": Tiny(GATED | NARROW_MROPE | ERNIE_MOE),
     "exaone4_5": Tiny(),
     "fuyu": Tiny(),
     "gemma3": Tiny(own={"mm_tokens_per_image": 4}),
     "gemma4": Tiny(),
+    "gemma4_unified": Tiny(vision={"mm_embed_dim": 16, "mm_posemb_size": 8}),
     "glm46v": Tiny(GLM4V),
     "glm4v": Tiny(GLM4V),
     "glm4v_moe": Tiny(GLM4V | DEEPSEEK_MOE),
@@ -119,7 +133,9 @@ TYPES = {
     "idefics2": Tiny(),
     "idefics3": Tiny(),
     "internvl": Tiny(),
+    "janus": Tiny(vision={"projection_dim": 16, "num_image_tokens": 16}, own={"vq_config": JANUS_CODES}),
     "kimi_k25": Tiny(),
+    "kosmos-2.5": Tiny(KOSMOS),
     "lighton_ocr": Tiny(),
     "llama4": Tiny(vision={"vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16}),
     "llava": Tiny(),
@@ -232,6 +248,27 @@ IMAGES = {
     "vipllava": SQUARE,
 }
 """Types that are tested with two images, or one cut into tiles."""
+
+UNREAD = {
+    **dict.fromkeys(
+        ("florence2", "pix2struct", "pp_formulanet", "t5gemma2", "udop", "vision-encoder-decoder"),
+        "an encoder-decoder",
+    ),
+    **dict.fromkeys(
+        ("blip-2", "instructblip", "instructblipvideo", "pi0"), "it cannot be run on tokens alone; its text model can"
+    ),
+    "blip": "its decoder reads the image by cross-attention, and it has no language-model head of its own",
+    "diffusion_gemma": "it writes blocks of text by diffusion, not a token from the text before it",
+    "kosmos-2": "it cannot be run without an image, and a norm stands between its heads and their output projection",
+    **dict.fromkeys(
+        ("fast_vlm", "perception_lm"), "not tested: it needs timm; its text model's layout is found by the same rule"
+    ),
+    **dict.fromkeys(("cohere_compass", "deepseek_ocr2", "granite4_vision"), "its text model is in no table yet"),
+}
+"""Types of transformers' mapping that are refused or not tested; the table of layouts tells why others are."""
+
+LARGE = ("got_ocr2", "pp_chart2table")
+"""Types whose random vision tower makes features so large that all else drowns in their rounding."""
 
 PREFIX = ("paligemma",)
 """Types that read the prompt in both directions, where they are told what the prompt is."""

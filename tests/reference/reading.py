@@ -147,8 +147,8 @@ GRANITE_SWA = replace(GRANITE, hidden_sinks=True)
 GLM4 = Family(post_norm="post_self_attn_layernorm", mlp_out=("post_mlp_layernorm",))
 PERSIMMON = Family(values="self_attn.query_key_value", split=interleaved, output="self_attn.dense")
 INNER = "model.language_model.layers"
-BESIDE = dict.fromkeys(("granite_docling", "idefics2", "idefics3", "smolvlm"), "model.text_model.layers")
-BESIDE["llama4"] = "language_model.model.layers"
+BESIDE = dict.fromkeys(("emu3", "granite_docling", "idefics2", "idefics3", "smolvlm"), "model.text_model.layers")
+BESIDE |= {"llama4": "language_model.model.layers", "kosmos-2.5": "text_model.model.layers"}
 """Where vision-language models keep the blocks of their text model, if not at INNER."""
 GPT = {"blocks": "transformer.h", "attention": "attn"}
 GPT2 = Family(values="attn.c_attn", output="attn.c_proj", mid="ln_2", **GPT)
@@ -200,6 +200,7 @@ FAMILIES = {
     "hyperclovax": GRANITE,
     "kolibri1": GLM4,
     "llama4_text": replace(LLAMA, mlp_out=("feed_forward",)),
+    "kosmos_2_5_text_model": Family(output="self_attn.out_proj", mid="final_layer_norm", mlp_out=("ffn",)),
     "mimo_v2_flash": replace(LLAMA, split=scaled),
     "mistral4": LATENT,
     "moshi": replace(LLAMA, output="self_attn.o_proj.linear"),

@@ -122,6 +122,7 @@ _LAYOUTS: dict[str, Layout | _Choice] = {
     "arcee": _LLAMA,
     "aria_text": _LLAMA,
     "bloom": _BLOOM,
+    "chameleon": _LLAMA,
     "codegen": _GPTJ,
     "cohere": _PARALLEL,
     "cohere2": _PARALLEL,
@@ -131,6 +132,7 @@ _LAYOUTS: dict[str, Layout | _Choice] = {
     "deepseek_v2": _LLAMA,
     "deepseek_v3": _LLAMA,
     "dots1": _LLAMA,
+    "emu3_text_model": _LLAMA,
     "ernie4_5": _LLAMA,
     "ernie4_5_moe": _LLAMA,
     "ernie4_5_vl_moe_text": _LLAMA,
@@ -173,6 +175,7 @@ _LAYOUTS: dict[str, Layout | _Choice] = {
     "iquestcoder": _LLAMA,
     "jais2": _LLAMA,
     "kolibri1": _GLM4,
+    "kosmos_2_5_text_model": Layout(W_O="self_attn.out_proj", mid="final_layer_norm", mlp="ffn"),
     "llama": _LLAMA,
     "llama4_text": replace(_LLAMA, mlp="feed_forward"),
     "mellum": _LLAMA,
@@ -222,6 +225,35 @@ _LAYOUTS: dict[str, Layout | _Choice] = {
     "starcoder2": _LLAMA,
     "vaultgemma": replace(_LLAMA, mid="pre_feedforward_layernorm"),
 }
+
+
+_CROSS = "its cross-attention layers read what stands beside the text and has no position in it"
+_CONVOLVED = "short convolutions mix positions between attention and the stream"
+_GATED_APART = "its heads are gated by a module of their own, of which no layout says where it is"
+_CHOSEN = "an indexer chooses the keys that are read, which is not recorded"
+
+REASONS = {
+    "dots3_note_text": _CHOSEN,
+    "evolla": _CROSS,
+    "gemma3n_text": "several streams run side by side and are mixed in every layer",
+    "git": "it reads images in both directions as a prefix, and computes attention by itself",
+    "glm5_next_text": "several streams run side by side and are mixed in every layer",
+    "idefics": _CROSS,
+    "inkling2_text": _CONVOLVED,
+    "inkling_text": _CONVOLVED,
+    "kosmos_2_text_model": "a norm stands between what its heads read and its output projection",
+    "lfm2": "a gated short convolution has no attention pattern",
+    "lfm3": "a gated short convolution has no attention pattern",
+    "mistral_large4_text": _CHOSEN,
+    "mllama": _CROSS,
+    "muse_glimmer_text": _GATED_APART,
+    "muse_spark_text": _GATED_APART,
+    "nemotron_h": "a state space layer has no attention pattern",
+    "qwen4_exp_text": _CHOSEN,
+    "step3p5": _GATED_APART,
+    "unlimited_ocr_text": "its window keeps the prompt in sight, so positions read more than one interval of keys",
+}
+"""Why families of which it is known are not in the table, by the type of the model or of its text model."""
 
 
 def supported_families() -> list[str]:
@@ -283,7 +315,13 @@ def _known(config: PretrainedConfig) -> Layout | None:
 
 
 def _unknown(config: PretrainedConfig) -> str:
-    return f"model type {config.model_type!r} is not supported; supported are {', '.join(supported_families())}"
+    kinds = list(dict.fromkeys(one.model_type for one in _configs(config)))
+    reason = next((f": {REASONS[kind]}" for kind in kinds if kind in REASONS), "")
+    text = f" with the text model {kinds[-1]!r}" if len(kinds) > 1 else ""
+    if hasattr(config, "text_config") and len(kinds) == 1:
+        text = ", which has no configuration of a text model that would say what its blocks are,"
+    known = f"; supported are {', '.join(supported_families())}"
+    return f"model type {config.model_type!r}{text} is not supported{reason or known}"
 
 
 def _look_alikes(model: PreTrainedModel) -> dict[str, str]:
