@@ -175,6 +175,10 @@ def test_a_result_with_images_is_saved_and_loaded(tmp_path):
     again = Attribution.load(tmp_path / "found.json")
     assert again == found and again.images == found.images
     old = json.loads((tmp_path / "found.json").read_text())
+    for change in ({"positions": []}, {"grid": [3, 3]}, {"positions": [10**6]}, {"kind": 1}, {"more": 1}):
+        damaged = old | {"images": [old["images"][0] | change]}
+        with pytest.raises(InputError, match="was it edited"):
+            Attribution.from_dict(damaged)
     del old["images"]
     assert Attribution.from_dict(old).images == ()
     found.to_html(tmp_path / "report.html")

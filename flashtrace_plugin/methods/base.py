@@ -16,6 +16,7 @@ from torch import Tensor
 from flashtrace_plugin.attribution import Attribution
 from flashtrace_plugin.core.recursion import Rows
 from flashtrace_plugin.errors import FlashTraceError, InputError, MethodError, UnsupportedModelError
+from flashtrace_plugin.images import ImageTokens
 from flashtrace_plugin.methods.batch import caught, run_batch
 from flashtrace_plugin.methods.cost import check_cost, hops_ahead
 from flashtrace_plugin.methods.driver import Found, Step, drive
@@ -224,7 +225,7 @@ class Method(ABC):
             settings=settings,
             contents=self._contents(text),
             messages=text.messages,
-            images=task.source.images(text.input_ids) if text.inputs else (),
+            images=self._images(text),
             **numbers,
         )
         explained.remember(self.source.language_model)
@@ -306,7 +307,7 @@ class Method(ABC):
         """The task of a text, once its ids and its cost are checked."""
         ids = self.source.check_ids(text.input_ids).clone()
         source = self._source(text, ids)
-        task = self._task(source, ids, text.prompt_length, where.target, where.reasoning, contexts)
+        task = self._task(ids, text.prompt_length, where.target, where.reasoning, contexts, source)
         check_cost(self, task)
         return task
 
@@ -320,6 +321,11 @@ class Method(ABC):
                 "'ifr', 'alti', 'lrp' or 'recommended', which do"
             )
         return self.source.given(ids, text.prompt_length, text.inputs)
+
+    def _images(self, text: TokenizedText) -> tuple[ImageTokens, ...]:
+        if not text.inputs:
+            return ()
+        return self._source(text, self.source.check_ids(text.input_ids)).images(text.input_ids)
 
     def _contents(self, text: TokenizedText) -> tuple[Content, ...]:
         """Where the prompt's contents are: those of its messages, or what stands between special tokens."""
@@ -415,13 +421,14 @@ class Method(ABC):
 
     def _task(
         self,
-        source: Source,
         ids: Tensor,
         prompt_length: int,
         target: Span,
         reasoning: Span | None,
         contexts: ExitStack,
+        given: Source | None = None,
     ) -> Task:
+        source = given or self.source
         # A position of its own stands for a token only where the method says so; nothing predicts the first token.
         own = "positions" in self.drives and self.driving.positions == "token"
         shift = int("positions" in self.drives and not own)
