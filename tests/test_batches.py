@@ -34,9 +34,9 @@ def passes(monkeypatch):
     """How many texts each forward pass of a batch held."""
     seen, run = [], capturing._layers
 
-    def counted(view, layout, texts):
+    def counted(view, layout, texts, inputs):
         seen.append(len(texts.rows))
-        return run(view, layout, texts)
+        return run(view, layout, texts, inputs)
 
     monkeypatch.setattr(capturing, "_layers", counted)
     return seen

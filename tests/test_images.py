@@ -69,6 +69,18 @@ def test_messages_with_images_are_what_the_processor_makes_of_them(kind):
     assert torch.allclose(found.hop_scores.double(), theirs, rtol=1e-4, atol=1e-6)
 
 
+def test_a_batch_gives_every_text_its_own_images():
+    model, alone = explained()
+    method = FlashTrace(model, tiny_processor("qwen2_5_vl", model))
+    other = list(reversed(messages()))
+    where = {"targets": [TARGET] * 3, "reasonings": [REASONING] * 3}
+    found = method.attribute_batch([messages(), other, messages()], [GENERATION] * 3, **where)
+    swapped = method.attribute(other, GENERATION, target=TARGET, reasoning=REASONING)
+    for one, expected in zip(found, (alone, swapped, alone), strict=True):
+        torch.testing.assert_close(one.hop_scores, expected.hop_scores)
+        assert one.images == expected.images
+
+
 @pytest.mark.parametrize("method", [FlashTrace, IFR, ALTI])
 def test_methods_read_images(method):
     _, found = explained(method=method)

@@ -54,7 +54,9 @@ def run_batch(
     """
     results: list[Any] = [caught(partial(_given, method, i, *row)) for i, row in enumerate(rows)]
     given = [one for one in results if isinstance(one, _Given)]
-    buckets = [[one] for one in given] if method.recorded is None else _buckets(given)
+    alone = [one for one in given if method.recorded is None or one.text.inputs]
+    together = [one for one in given if method.recorded is not None and not one.text.inputs]
+    buckets = [*_buckets(together), *([one] for one in alone)]
     from tqdm.auto import tqdm
 
     with tqdm(total=len(results), desc=method.name, disable=not progress) as bar:
