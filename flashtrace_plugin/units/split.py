@@ -64,14 +64,25 @@ def _paragraphs(text: str) -> list[str]:
     return re.split(r"\n[^\S\n]*\n", text)
 
 
-def _sentences(text: str) -> Iterator[str]:
+def _segmented(text: str) -> Iterator[str]:
+    """What sentencex makes of a text; it takes no half of a surrogate pair, so that is another character to it."""
     from sentencex import segment
 
+    at = 0
+    for piece in segment("en", _HALVES.sub("\N{REPLACEMENT CHARACTER}", text)):
+        yield text[at : at + len(piece)]
+        at += len(piece)
+
+
+_HALVES = re.compile("[\ud800-\udfff]")
+
+
+def _sentences(text: str) -> Iterator[str]:
     for block in _blocks(text):
         if _FENCE.match(block):
             yield block
         else:
-            yield from _mended(segment("en", block))
+            yield from _mended(_segmented(block))
 
 
 def _steps(text: str) -> Iterator[str]:
