@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from typing_extensions import Unpack
 
+    from flashtrace_plugin.report.html import ReportOptions
     from flashtrace_plugin.verify import Verification
     from flashtrace_plugin.verify.run import VerifyOptions
 
@@ -239,7 +240,14 @@ class Attribution(OfModel):
         """
         from flashtrace_plugin.verify.run import verify_attribution
 
-        return verify_attribution(self, model, unit=unit, through=through, **options)
+        found = verify_attribution(self, model, unit=unit, through=through, **options)
+        object.__setattr__(self, "_verified", found)
+        return found
+
+    @property
+    def verified(self) -> Verification | None:
+        """What :meth:`verify` found last, for reports; None where it was not run. Files do not keep it."""
+        return vars(self).get("_verified")
 
     def text(self, span: Span) -> str:
         """The text of a span."""
@@ -326,11 +334,15 @@ class Attribution(OfModel):
 
         return plot(self, kind, ax=ax)
 
-    def to_html(self, path: str | Path) -> None:
-        """Writes a report that opens in any browser without a network."""
+    def to_html(self, path: str | Path, **options: Unpack[ReportOptions]) -> None:
+        """Writes a report that opens in any browser without a network.
+
+        options: ``unit``, ``graph``, ``verification`` and ``evidence``, as for
+                 :func:`flashtrace_plugin.report.html.as_html`
+        """
         from flashtrace_plugin.report.html import as_html
 
-        Path(path).write_text(as_html(self), encoding="utf-8")
+        Path(path).write_text(as_html(self, **options), encoding="utf-8")
 
     def _repr_html_(self) -> str:
         from flashtrace_plugin.report.html import as_html

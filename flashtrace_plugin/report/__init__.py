@@ -1,1 +1,1 @@
-"""Reports that open in any browser, without a network and without JavaScript."""
+"""Reports that open in any browser, without a network, and say the most without JavaScript, too."""

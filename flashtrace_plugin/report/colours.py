@@ -10,8 +10,13 @@ from dataclasses import dataclass
 from itertools import pairwise
 from math import sqrt
 
+from torch import Tensor
+
 LEVELS = 40
-"""Steps of the scale above 0. They are even in the square root, so that small values keep their differences."""
+"""Steps of the scale above 0."""
+
+CLIP = 99
+"""Percentile of what is shown from which on everything has the strongest colour, so that one outlier hides nothing."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +37,10 @@ class _Theme:
     other: Mapping[str, str]
 
     def variables(self) -> str:
-        """All colours as CSS custom properties: k0 … k40 the scale, r0 … r40 by square root; n and m if negative."""
+        """All colours as CSS custom properties: s0 … s40 the scale, m0 … m40 that of negative numbers."""
         named = {"ink": self.ink, "paper": self.stops[0], **self.other}
-        for (linear, root), stops in {("k", "r"): self.stops, ("n", "m"): self.below}.items():
-            named |= {f"{linear}{i}": colour for i, colour in enumerate(palette(stops))}
-            named |= {f"{root}{i}": colour for i, colour in enumerate(palette(stops, root=True))}
+        for letter, stops in {"s": self.stops, "m": self.below}.items():
+            named |= {f"{letter}{i}": colour for i, colour in enumerate(palette(stops))}
         return f"color-scheme:{self.name};" + "".join(f"--{name}:{colour};" for name, colour in named.items())
 
 
@@ -54,6 +58,8 @@ LIGHT = _Theme(
         "reasoning": "#2f6fb2",
         "target": "#7a3e9d",
         "rest": "#8b919c",
+        "pin0": "#b3400f",
+        "pin1": "#1f62a8",
     },
 )
 DARK = _Theme(
@@ -70,21 +76,32 @@ DARK = _Theme(
         "reasoning": "#6aa9ea",
         "target": "#cf97ee",
         "rest": "#7d8491",
+        "pin0": "#f09a5e",
+        "pin1": "#7ab4f0",
     },
 )
 
 
-def level(value: float, maximum: float) -> int:
-    """Step of the scale, 0 to LEVELS, for a value in 0 to ``maximum``; everything is step 0 if the maximum is 0."""
-    if maximum <= 0 or value <= 0:
+def level(value: float, top: float) -> int:
+    """Step of the scale, 0 to LEVELS, by the square root of a magnitude relative to ``top``; 0 where that is 0."""
+    if top <= 0 or value <= 0:
         return 0
-    return min(LEVELS, round(LEVELS * sqrt(value / maximum)))
+    return min(LEVELS, round(LEVELS * sqrt(value / top)))
 
 
-def palette(stops: Sequence[str], *, root: bool = False) -> list[str]:
-    """Colours of the steps 0 to LEVELS, proportional to the value, or with ``root`` to its square root."""
-    steps = (k / LEVELS for k in range(LEVELS + 1))
-    return [_blend(stops, s if root else s * s) for s in steps]
+def clipped_top(magnitudes: Tensor) -> float:
+    """The magnitude that gets the strongest colour: the percentile ``CLIP`` of those above 0; 0 if there is none."""
+    found = magnitudes[magnitudes > 0].double().sort().values
+    if not len(found):
+        return 0.0
+    at = CLIP / 100 * (len(found) - 1)
+    low, high = found[int(at)], found[min(int(at) + 1, len(found) - 1)]
+    return float(low + (high - low) * (at - int(at)))
+
+
+def palette(stops: Sequence[str]) -> list[str]:
+    """Colours of the steps 0 to LEVELS, even along the stops."""
+    return [_blend(stops, k / LEVELS) for k in range(LEVELS + 1)]
 
 
 def contrast(first: str, second: str) -> float:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+import torch
 from torch import Tensor
 
 from flashtrace_plugin.attribution import Attribution
@@ -68,10 +69,17 @@ def hop_rows(attribution: Attribution) -> list[_HopRow]:
     brought = [c * float(h[attribution.prompt.slice].sum()) for c, h in zip(carried, hops, strict=False)]
     total = sum(brought) or 1.0
     return [
-        _HopRow(k, _shares(cut, hop), rho[k], carried[k], brought[k] / total, _strip(cut, hop))
+        _HopRow(
+            k, _shares(cut, hop), rho[k], carried[k], brought[k] / total, _strip(cut, _without_sinks(attribution, hop))
+        )
         for k, hop in enumerate(hops)
         if k == 0 or attribution.reasoning is not None or hop.any()
     ]
+
+
+def _without_sinks(attribution: Attribution, values: Tensor) -> Tensor:
+    """Numbers [N] with 0 at known sinks, next to which nothing else could be seen."""
+    return values.index_fill(0, torch.tensor(attribution.sinks, dtype=torch.long), 0.0)
 
 
 def _shares(cut: Sequence[_Segment], hop: Tensor) -> dict[str, float]:

@@ -19,7 +19,7 @@ class _LayerRow:
 
 
 @dataclass(frozen=True)
-class LayerMap:
+class _LayerMap:
     """All layers of a hop, in the order of the model.
 
     maximum:   largest share of a head
@@ -34,7 +34,7 @@ class LayerMap:
     bypass: bool
 
 
-def layer_maps(attribution: Attribution) -> list[LayerMap]:
+def layer_maps(attribution: Attribution) -> list[_LayerMap]:
     """A map for every hop that has any share; none for a method without head shares."""
     heads = attribution.head_scores
     if heads.dim() != 3 or not heads.numel():
@@ -42,7 +42,7 @@ def layer_maps(attribution: Attribution) -> list[LayerMap]:
     return [_map(attribution, k) for k in range(len(heads)) if float(heads[k].sum()) > 0]
 
 
-def _map(attribution: Attribution, k: int) -> LayerMap:
+def _map(attribution: Attribution, k: int) -> _LayerMap:
     heads = attribution.head_scores[k]
     maximum = float(heads.max())
     residual, mlp = attribution.residual_shares[k].tolist(), attribution.mlp_shares[k].tolist()
@@ -53,4 +53,4 @@ def _map(attribution: Attribution, k: int) -> LayerMap:
     best = heads.flatten().argsort(descending=True)[:5].tolist()
     names = [f"L{i // heads.shape[1]}H{i % heads.shape[1]}" for i in best]
     strongest = list(zip(names, heads.flatten()[best].tolist(), strict=True))
-    return LayerMap(k, rows, maximum, strongest, bypass=bool(attribution.residual_shares.any()))
+    return _LayerMap(k, rows, maximum, strongest, bypass=bool(attribution.residual_shares.any()))

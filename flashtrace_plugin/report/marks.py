@@ -10,17 +10,20 @@ _VISIBLE = (
     {c: chr(0x2400 + c) for c in range(32) if chr(c) not in "\n\t"}
     | {0x7F: "␡", 0x200B: "⟨U+200B⟩", 0xFEFF: "⟨U+FEFF⟩"}
     | {c: f"⟨U+{c:04X}⟩" for c in _BIDI}
-    | {c: f"⟨U+{c:04X}⟩" for c in range(0x80, 0xA0)}
+    | {c: f"⟨U+{c:04X}⟩" for c in (*range(0x80, 0xA0), *range(0xD800, 0xE000))}
 )
 # The marks are drawn by the style sheet, so that text copied from the page is the text of the model.
-_MARKED = {"\n": Markup('<i class="n"></i>\n'), "\t": Markup('<i class="tab"></i>\t')}
+_MARKS = {"\n": '<i class="n"></i>\n', "\t": '<i class="tab"></i>\t'}
 
 
 def in_text(token: str) -> Markup:
     """A token inside running text: line breaks and tabs work as such and carry a mark; an empty token is a mark."""
     if not token:
         return Markup('<i class="e"></i>')
-    return Markup("").join(_MARKED.get(c) or escape(c) for c in token.translate(_VISIBLE))
+    html = str(escape(token.translate(_VISIBLE)))
+    for character, mark in _MARKS.items():
+        html = html.replace(character, mark)
+    return Markup(html)
 
 
 def visible(text: str) -> str:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
-from string import ascii_lowercase
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from flashtrace_plugin.attribution import Attribution
-from flashtrace_plugin.report.colours import level
+from flashtrace_plugin.errors import InputError
 from flashtrace_plugin.report.marks import in_table
 
 MAX_ROWS = 24
@@ -21,46 +19,50 @@ MAX_ROWS = 24
 
 @dataclass(frozen=True)
 class View:
-    """One number for each position of the text, or for the first positions of it.
+    """One number for each position of the text.
 
-    key:    what its shading classes begin with
-    group:  heading of the switch that it is part of
-    label:  its button
-    note:   what the numbers are
-    values: at most N numbers, >= 0 unless signed; the view says nothing about later positions
-    whole:  sum that shares refer to, of magnitudes
-    signed: whether negative numbers have a colour of their own
+    group:   heading of the switch that it is part of
+    label:   its button
+    note:    what the numbers are
+    values:  [N] float32, >= 0 unless signed; 0 where the view says nothing
+    signed:  whether negative numbers have a colour of their own
+    sources: whether only the prompt counts as a source, so that shares are of the prompt's contents
     """
 
-    key: str
     group: str
     label: str
     note: str
-    values: Sequence[float]
-    whole: float
+    values: Tensor
     signed: bool = False
-
-    @cached_property
-    def maximum(self) -> float:
-        """The largest magnitude."""
-        return max(map(abs, self.values))
-
-    @property
-    def where(self) -> int:
-        """Position of the maximum."""
-        return next(i for i, value in enumerate(self.values) if abs(value) == self.maximum)
-
-    def shade(self, position: int) -> str:
-        """Class of a position, ``key17`` or for a negative number ``key-17``; none on step 0 of the colour scale."""
-        value = self.values[position] if position < len(self.values) else 0.0
-        step = level(abs(value), self.maximum)
-        return f"{self.key}{'-' if value < 0 else ''}{step}" if step else ""
+    sources: bool = False
 
 
 def views_of(attribution: Attribution) -> list[View]:
-    """All views of an attribution: the total first, then the hops, then the components."""
+    """All views of an attribution: the total first, then the hops, then the components.
+
+    Raises InputError for scores that are no finite numbers, of which nothing could be shown.
+    """
+    check_numbers(attribution)
     parts = (_total(attribution), *_hops(attribution), *_components(attribution))
-    return [_view(i, *part) for i, part in enumerate(parts)]
+    return [_view(len(attribution.tokens), part) for part in parts]
+
+
+def check_numbers(attribution: Attribution) -> None:
+    """Raises InputError for a result that has no tokens, or scores that are not finite or as many as its tokens."""
+    if not attribution.tokens:
+        raise InputError("the attribution has no tokens, so there is no text to show; was it made with token ids?")
+    if len(attribution.scores) != len(attribution.prompt):
+        raise InputError(
+            f"the attribution has {len(attribution.scores)} scores for {len(attribution.prompt)} tokens of the "
+            "prompt; was its file edited?"
+        )
+    for name, values in (("scores", attribution.scores), ("hop_scores", attribution.hop_scores)):
+        bad = (~values.isfinite()).nonzero()
+        if len(bad):
+            raise InputError(
+                f"{name} holds {len(bad)} numbers that are not finite, the first at {bad[0].tolist()}; nothing could "
+                "be told from its colours. Explain the text again in bfloat16 or float32"
+            )
 
 
 class _Part(NamedTuple):
@@ -69,38 +71,32 @@ class _Part(NamedTuple):
     note: str
     numbers: Tensor
     signed: bool = False
+    sources: bool = False
 
 
-def _view(index: int, group: str, label: str, note: str, numbers: Tensor, signed: bool) -> View:
-    values, whole = (numbers, numbers.abs().sum()) if signed else (numbers.clamp(min=0), numbers.sum())
-    return View(_key(index), group, label, note, values.tolist(), float(whole), signed)
-
-
-def _key(index: int) -> str:
-    """Letters only, because a step of the colour scale follows: a … z, aa … zz."""
-    tens, ones = divmod(index, len(ascii_lowercase))
-    return (ascii_lowercase[tens - 1] if tens else "") + ascii_lowercase[ones]
+def _view(length: int, part: _Part) -> View:
+    numbers = part.numbers.float()
+    broken = int((~numbers.isfinite()).sum())
+    note = part.note + (f"; {broken} positions have no number and count as 0" if broken else "")
+    numbers = torch.where(numbers.isfinite(), numbers, torch.zeros(()))
+    values = torch.zeros(length)
+    values[: len(numbers)] = numbers if part.signed else numbers.clamp(min=0)
+    return View(part.group, part.label, note, values, part.signed, part.sources)
 
 
 def _total(attribution: Attribution) -> _Part:
-    note = "the prompt's scores" + (", all hops together" if attribution.hops > 0 else "") + _left_out(attribution)
-    return _Part("Scores", "Total", note, attribution.scores_without_sinks)
-
-
-def _left_out(attribution: Attribution) -> str:
-    """What is not shown, in words."""
-    count = len(attribution.sinks)
-    if not count:
-        return ""
-    tokens = "1 token that draws" if count == 1 else f"{count} tokens that draw"
-    return f"; without {tokens} mass whatever is explained, here {attribution.settings['sink_share']:.0%} of it"
+    note = "the prompt's scores" + (", all hops together" if attribution.hops > 0 else "")
+    if attribution.hops and attribution.reasoning is not None:
+        note += "; on the reasoning, the mass that passed through it on its way"
+    totals = attribution.totals
+    totals[attribution.target.stop :] = 0.0
+    return _Part("Scores", "Total", note, totals, sources=True)
 
 
 def _hops(attribution: Attribution) -> Iterator[_Part]:
     for k, values in enumerate(attribution.hop_scores):
         if len(values) == len(attribution.tokens) and (k == 0 or values.any()):
-            shown = values.index_fill(0, torch.tensor(attribution.sinks, dtype=torch.long), 0.0)
-            yield _Part("Hops, over all positions", f"Hop {k}", _hop_note(k) + _left_out(attribution), shown)
+            yield _Part("Hops", f"Hop {k}", _hop_note(k), values)
 
 
 def _hop_note(k: int) -> str:
@@ -113,6 +109,8 @@ def _hop_note(k: int) -> str:
 
 def _components(attribution: Attribution) -> Iterator[_Part]:
     for name, values in attribution.components.items():
+        if name == "sinks":  # told by the switch of that name
+            continue
         if values.dim() == 1 and 0 < len(values) <= len(attribution.tokens):
             yield _component(name, values)
         elif name == "per_token" and len(values) == len(attribution.target):
@@ -120,7 +118,8 @@ def _components(attribution: Attribution) -> Iterator[_Part]:
 
 
 _SIGNED = {
-    "relevance": "what a token adds to what is explained of the target, directly, before any hop",
+    "relevance": "what a token adds to what is explained of the target, directly, before any hop: orange speaks for "
+    "it and blue against it",
     "layer_relevance": "the same, at the residual stream that enters every layer and summed over the layers",
 }
 """Components that have a sign by their meaning, and what they are."""
