@@ -11,9 +11,10 @@ from math import log
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
-from flashtrace_plugin import reasoner
+from flashtrace_plugin import Recommended, reasoner
 from flashtrace_plugin.attribution import Attribution
 from flashtrace_plugin.cli.output import use_any_terminal
 from flashtrace_plugin.evaluation import tasks
@@ -155,10 +156,18 @@ def found(sample: Sample, attribution: Attribution) -> str:
 
 
 def _write_report(sample: Sample, attribution: Attribution, path: Path) -> None:
-    """The report, with the evidence marked."""
+    """The report by statements, with the evidence marked, and with the graph of what every step rests on."""
     from flashtrace_plugin.report.html import as_html
 
-    path.write_text(as_html(attribution, evidence=marks(sample)), encoding="utf-8")
+    graph = Recommended(*reasoner.load()).graph_ids(
+        torch.tensor(attribution.token_ids),
+        prompt_length=attribution.prompt.stop,
+        target=attribution.target,
+        reasoning=attribution.reasoning,
+        unit="step",
+    )
+    page = as_html(attribution, evidence=marks(sample), unit="step", graph=graph)
+    path.write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":

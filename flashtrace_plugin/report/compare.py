@@ -18,7 +18,7 @@ from flashtrace_plugin.report.front import front_of
 from flashtrace_plugin.report.html import buttons, facts, settings_of
 from flashtrace_plugin.report.kinds import Kind, kinds_of
 from flashtrace_plugin.report.marks import shorten
-from flashtrace_plugin.report.pieces import Cut, cuts_of, first_cut
+from flashtrace_plugin.report.pieces import Pieces, cuts_of, first_cut
 from flashtrace_plugin.report.tokens import ShadedText, piece_rows, text_sections, token_classes
 from flashtrace_plugin.report.views import View, check_numbers, views_of
 from flashtrace_plugin.spans import Chars
@@ -51,7 +51,9 @@ def _compared(a: Attribution, b: Attribution, names: tuple[str, str], unit: Unit
     stop = len(a.tokens) if a.tokens == b.tokens and _same_parts(a, b) else a.prompt.stop
     views = _views(a, b, names, stop)
     kinds = kinds_of(a)[:stop]
-    cuts = [Cut(c.name, c.owner[:stop], tuple(p for p in c.parts if p[0] < stop), c.names) for c in cuts_of(a, unit)]
+    cuts = [
+        Pieces(c.name, c.owner[:stop], tuple(p for p in c.parts if p[0] < stop), c.names) for c in cuts_of(a, unit)
+    ]
     chosen = first_cut(a, cuts, unit)
     rows = piece_rows(a, views[0], cuts[chosen], kinds)
     fronts = [(name, facts(one), front_of(one, unit, one.verified)) for name, one in zip(names, (a, b), strict=True)]

@@ -13,7 +13,7 @@ from flashtrace_plugin.attribution import Attribution
 from flashtrace_plugin.report.colours import CLIP, LEVELS
 from flashtrace_plugin.report.kinds import Kind
 from flashtrace_plugin.report.marks import shorten
-from flashtrace_plugin.report.pieces import Cut
+from flashtrace_plugin.report.pieces import Pieces
 from flashtrace_plugin.report.views import View
 from flashtrace_plugin.units.shares import unit_tokens
 
@@ -30,7 +30,7 @@ def packed(values: Any, kind: str) -> str:
 
 
 def page_data(
-    views: Sequence[View], masses: Sequence[str], cuts: Sequence[Cut], kinds: Sequence[Kind], **other: Any
+    views: Sequence[View], masses: Sequence[str], cuts: Sequence[Pieces], kinds: Sequence[Kind], **other: Any
 ) -> dict[str, Any]:
     """Views, cuts and kinds of tokens for the script.
 
@@ -52,7 +52,7 @@ def _view(view: View, mass: str) -> dict[str, Any]:
     return told | {"values": packed(view.values, "<f4")}
 
 
-def _cut(cut: Cut) -> dict[str, Any]:
+def _cut(cut: Pieces) -> dict[str, Any]:
     return {
         "name": cut.name,
         "owner": packed(cut.owner, "<i4"),

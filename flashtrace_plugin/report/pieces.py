@@ -21,7 +21,7 @@ _MIN_UNITS = 3
 
 
 @dataclass(frozen=True)
-class Cut:
+class Pieces:
     """The text as pieces, in the order of the text: units of contents, and tokens that belong to none by themselves.
 
     name:    of the unit, such as "sentence"
@@ -82,7 +82,7 @@ def name_of(unit: Units) -> str:
     return getattr(unit, "__name__", "unit").strip("_")
 
 
-def cuts_of(attribution: Attribution, unit: Units) -> list[Cut]:
+def cuts_of(attribution: Attribution, unit: Units) -> list[Pieces]:
     """The cuts that a report offers: token, word, the unit, and where the prompt was messages, those.
 
     Raises InputError for units that cannot be found, as :meth:`~flashtrace_plugin.attribution.Attribution.by` does.
@@ -90,17 +90,17 @@ def cuts_of(attribution: Attribution, unit: Units) -> list[Cut]:
     kinds = kinds_of(attribution)
     wanted: list[Units] = ["word", unit, *["message"] * bool(attribution.messages)]
     chosen = [one for i, one in enumerate(wanted) if one not in wanted[:i]]
-    return [Cut("token", torch.arange(len(kinds))), *(_cut(attribution, one, kinds) for one in chosen)]
+    return [Pieces("token", torch.arange(len(kinds))), *(_cut(attribution, one, kinds) for one in chosen)]
 
 
-def first_cut(attribution: Attribution, cuts: Sequence[Cut], unit: Units) -> int:
+def first_cut(attribution: Attribution, cuts: Sequence[Pieces], unit: Units) -> int:
     """Which cut is shown at first: that of the unit, if there are enough of it to tell apart."""
     chosen = next(i for i, cut in enumerate(cuts) if cut.name == name_of(unit))
     owners = cuts[chosen].owner[attribution.prompt.slice]
     return chosen if len(owners.unique()) >= _MIN_UNITS else 0
 
 
-def _cut(attribution: Attribution, unit: Units, kinds: Sequence[Kind]) -> Cut:
+def _cut(attribution: Attribution, unit: Units, kinds: Sequence[Kind]) -> Pieces:
     """Units that hold content; what is of another kind, or in no unit, stands by itself."""
     found = [one for one in _units(attribution, unit) if one.content]
     tokens = attribution.tokens
@@ -123,7 +123,7 @@ def _cut(attribution: Attribution, unit: Units, kinds: Sequence[Kind]) -> Cut:
     for u, one in enumerate(found):
         if u in order:
             names[order[u]] = one.name
-    return Cut(name_of(unit), owner, split, tuple(names) if any(names) else ())
+    return Pieces(name_of(unit), owner, split, tuple(names) if any(names) else ())
 
 
 def _in_order(keys: Iterable[int]) -> dict[int, int]:

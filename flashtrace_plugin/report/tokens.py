@@ -12,7 +12,7 @@ from flashtrace_plugin.report.colours import clipped_top, level
 from flashtrace_plugin.report.flow import segments
 from flashtrace_plugin.report.kinds import Kind
 from flashtrace_plugin.report.marks import in_table, in_text, one_line
-from flashtrace_plugin.report.pieces import Cut
+from flashtrace_plugin.report.pieces import Pieces
 from flashtrace_plugin.report.views import View
 from flashtrace_plugin.spans import Span
 
@@ -66,7 +66,7 @@ def text_sections(
     return [(name, sum(len(span) for _, span, _ in parts), parts) for name, parts in found if parts]
 
 
-def token_classes(view: View, cut: Cut, kinds: Sequence[Kind], evidence: Set[int]) -> list[str]:
+def token_classes(view: View, cut: Pieces, kinds: Sequence[Kind], evidence: Set[int]) -> list[str]:
     """Classes of every token when a view is shown by the pieces of a cut: ``s17``, ``m17`` where it is negative."""
     sums = cut.sums(view.values)
     shown = [kinds[i] not in _HIDDEN for i in cut.first]
@@ -93,7 +93,7 @@ class _PieceRow:
     sign: str
 
 
-def piece_rows(attribution: Attribution, view: View, cut: Cut, kinds: Sequence[Kind]) -> list[_PieceRow]:
+def piece_rows(attribution: Attribution, view: View, cut: Pieces, kinds: Sequence[Kind]) -> list[_PieceRow]:
     """The strongest pieces of the prompt's contents in a view, best first: what the table shows without a script."""
     sums, tokens = cut.sums(view.values), attribution.tokens
     wanted = [p for p, i in enumerate(cut.first) if i in attribution.prompt and kinds[i] is Kind.CONTENT]
