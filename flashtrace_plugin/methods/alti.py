@@ -46,9 +46,9 @@ class ALTI(Method):
 
     def start(self, task: Task) -> Step:
         """One forward pass that records every position."""
-        layers = task.record_all().layers
+        layers, stop = task.record_all().layers, int(task.rows[-1]) + 1
         length = len(layers[0].resid_pre)
-        sinks = attention_sinks(layers, length) & (self.options.parked == "drop")
+        sinks = attention_sinks(layers, stop) & (self.options.parked == "drop")
         facts = {"parked_positions": sinks.nonzero()[:, 0].tolist()}
 
         def step(weights: Tensor) -> Hop:

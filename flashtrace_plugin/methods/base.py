@@ -21,6 +21,7 @@ from flashtrace_plugin.methods.batch import caught, run_batch
 from flashtrace_plugin.methods.cost import check_cost, hops_ahead
 from flashtrace_plugin.methods.driver import Found, Step, drive
 from flashtrace_plugin.methods.options import Declared, Driving, Options, declared, driven, one_of
+from flashtrace_plugin.methods.passes import Passes
 from flashtrace_plugin.methods.task import Task
 from flashtrace_plugin.models.modes import same_function_modes, without_autocast
 from flashtrace_plugin.models.read.source import Source, source_for
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 
     from flashtrace_plugin.graph.hops import GraphOptions
     from flashtrace_plugin.graph.result import Graph
+    from flashtrace_plugin.methods.recording import Recording
 
 
 class Method(ABC):
@@ -78,6 +80,7 @@ class Method(ABC):
     cost_of: ClassVar[str] = "one forward pass, and more for every hop"
     cheaper: ClassVar[tuple[Mapping[str, Any], ...]] = ()
     recorded: ClassVar[Callable[[Any, Task], Tensor] | None] = None
+    passes: Passes = Passes()
 
     @property
     def conserves(self) -> bool:
@@ -230,6 +233,26 @@ class Method(ABC):
         )
         explained.remember(self.source.language_model)
         return explained
+
+    def record(self, prompt: Prompt, generation: str, **options: Any) -> Recording:
+        """A text to be explained target by target: the forward pass is run once, and a new target costs its hops.
+
+        prompt, generation: as for :meth:`attribute`
+        max_bytes:          that may be kept in memory, by default 4 GiB; what takes more is run again
+
+        See :class:`~flashtrace_plugin.methods.recording.Recording`.
+        """
+        return self.record_text(tokenize(self._need_tokenizer(), prompt, generation, self.end_ids()), **options)
+
+    def record_ids(self, input_ids: Tensor, *, prompt_length: int, **options: Any) -> Recording:
+        """:meth:`record` of a generated sequence of token ids, given as for :meth:`attribute_ids`."""
+        return self.record_text(self.read_ids(input_ids, prompt_length), **options)
+
+    def record_text(self, text: TokenizedText, **options: Any) -> Recording:
+        """:meth:`record` of a tokenized text."""
+        from flashtrace_plugin.methods.recording import Recording
+
+        return Recording(self, text, **options)
 
     def graph(
         self,
@@ -447,7 +470,7 @@ class Method(ABC):
         special = torch.isin(ids[0].cpu(), torch.tensor(sorted(self._special_ids()), dtype=torch.long))
         special[[i for image in source.images(ids[0]) for i in image.positions]] = False
         spans = (prompt_length, target, reasoning)
-        return Task(source, ids, *spans, kept, chosen, through, shift, sinks, special, contexts)
+        return Task(source, ids, *spans, kept, chosen, through, shift, sinks, special, contexts, passes=self.passes)
 
     def _special_ids(self) -> set[int]:
         """Ids that begin, end or pad a text, and all special tokens of the tokenizer."""

@@ -24,7 +24,7 @@ from flashtrace_plugin.methods.base import Method
 from flashtrace_plugin.methods.driver import Step
 from flashtrace_plugin.methods.options import Options, at_least, driven, option
 from flashtrace_plugin.methods.task import Task
-from flashtrace_plugin.models.derive.relevance import MEMORY_BUDGET, Linearised, Relevance, linearised
+from flashtrace_plugin.models.derive.relevance import MEMORY_BUDGET, Linearised, Relevance
 
 
 @dataclass(frozen=True)
@@ -113,13 +113,8 @@ class LRP(Method):
         """One forward pass, linearised; a hop is one backward pass."""
         foils = self._foils(task)
         weighted = (task.rows, _generation(task)) if self.options.context == "generation" else (task.rows,)
-        opened = linearised(
-            task.source.runner(task.input_ids),
-            task.input_ids,
-            torch.cat(weighted).unique() - 1,
-            rule=cast(Any, self.options.rule),
-            memory_budget=self.options.memory_budget,
-        )
+        rows, rule = torch.cat(weighted).unique() - 1, cast(Any, self.options.rule)
+        opened = task.passes.linearised(task.source, task.input_ids, rows, rule, self.options.memory_budget)
         return _Run(self.options, task, task.contexts.enter_context(opened), foils).step
 
     def _foils(self, task: Task) -> Tensor | None:

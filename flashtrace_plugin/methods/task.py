@@ -16,6 +16,7 @@ from flashtrace_plugin.core.flow.hop import Shares, hops_together, one_hop, row_
 from flashtrace_plugin.core.flow.layer import Layer
 from flashtrace_plugin.core.recursion import Hop
 from flashtrace_plugin.errors import ClosureError, UnsupportedModelError
+from flashtrace_plugin.methods.passes import Passes
 from flashtrace_plugin.models.read.source import Source
 from flashtrace_plugin.spans import Span
 
@@ -38,6 +39,7 @@ class Task:
     special:   [N] bool  tokens that begin, end or pad a text or belong to a chat template
     contexts:  closed when the call ends; for what a method holds open from its start to its last hop
     read_ahead: rows and layers that were read together with those of other texts
+    passes:    where forward passes come from, see :mod:`flashtrace_plugin.methods.passes`
     """
 
     source: Source
@@ -54,6 +56,7 @@ class Task:
     contexts: ExitStack = field(default_factory=ExitStack)
     recorded: list[Recorded] = field(default_factory=list)
     read_ahead: list[tuple[Tensor, list[Layer]]] = field(default_factory=list)
+    passes: Passes = field(default_factory=Passes)
 
     @property
     def length(self) -> int:
@@ -98,15 +101,13 @@ class Task:
         return torch.zeros(self.length, dtype=torch.float32).index_fill(0, rows, 1.0)
 
     def record(self, rows: Tensor | None = None) -> Recorded:
-        """Layers of the sequence; what comes after the last row is run only if it may matter there.
+        """Layers of the sequence; a recording that is kept for other targets may have further positions, too.
 
         rows: [r]  positions to read, increasing; by default those that may carry weight
         """
         rows = self.rows if rows is None else rows
         known = [layers for at, layers in self.read_ahead if torch.equal(at, rows)]
-        layers = with_edits(
-            known[0] if known else self.source.layers(self.read_for(rows, self.source.whole_text()), rows)
-        )
+        layers, rows = (with_edits(known[0]), rows) if known else self.passes.layers(self.source, self.input_ids, rows)
         found = Recorded(layers, rows, self.length, self.source.describe().get("family", "this model"))
         self._check_causal(found)
         self.recorded.append(found)

@@ -53,9 +53,15 @@ def _below(layer: Layer, rho: Tensor, sinks: Tensor) -> Tensor:
 
 
 def attention_sinks(layers: Sequence[Layer], length: int) -> Tensor:
-    """Positions on which attention parks: read far more often than others by all queries together. [length] bool"""
-    mass = torch.zeros(length, dtype=torch.float32)
+    """Positions on which attention parks: read far more often than others by the first queries together.
+
+    layers: with all of n positions recorded
+    length: how many queries count
+    result: [n] bool
+    """
+    n = len(layers[0].resid_pre)
+    mass = torch.zeros(n, dtype=torch.float32)
     for layer in layers:
-        even = torch.ones(length, dtype=torch.float32, device=layer.v.device) / length
-        mass += weighted_flow(layer.pattern, even, length).mean(0).cpu()
+        even = (torch.arange(n, device=layer.v.device) < length).float() / length
+        mass += weighted_flow(layer.pattern, even, n).mean(0).cpu()
     return mass > PARKED * mass.sum() / length

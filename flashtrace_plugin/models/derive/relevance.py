@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +73,8 @@ class Linearised:
     """
 
     def __init__(self, runner: Runner, ids: Tensor, rows: Tensor, rule: AttentionRule, memory_budget: float) -> None:
+        check_differentiable(runner.model, runner.name)
+        check_layer_by_layer(runner.model, "relevance cannot be handed down layer by layer")
         self.runner, self.ids, self.rows, self.rule = runner, ids, rows, rule
         # What comes after the last row cannot matter to it.
         self.length, self._stop = ids.shape[1], ids.shape[1] if runner.whole else int(rows[-1]) + 1
@@ -120,6 +122,12 @@ class Linearised:
     @property
     def logits(self) -> Tensor:
         return self.head.logits[self._at]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are kept: graphs, what enters and leaves every block, and logits."""
+        streams = sum(t.nbytes for run in self.sweep.runs for t in (run.x, run.out) if t is not None)
+        return int(self.sweep.kept) + streams + self.head.logits.nbytes
 
     def _logit_gap(self, ids: Tensor, keep: Tensor) -> float:
         seen = keep[keep < ids.shape[1]]
@@ -263,13 +271,15 @@ def linearised(
 
     No parameter gets a gradient.
     """
-    check_differentiable(runner.model, runner.name)
-    check_layer_by_layer(runner.model, "relevance cannot be handed down layer by layer")
-    with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        ids, rows = input_ids.clone(), rows.to(input_ids.device).clone()
-        yield Linearised(runner, ids, rows, rule, memory_budget)
+    with differentiating():
+        yield Linearised(runner, input_ids.clone(), rows.to(input_ids.device).clone(), rule, memory_budget)
+
+
+@contextmanager
+def differentiating() -> Iterator[None]:
+    """The state in which a :class:`Linearised` is made and asked, whatever the caller's is."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
 
 
 _conserving: weakref.WeakKeyDictionary[nn.Module, tuple[Any, float]] = weakref.WeakKeyDictionary()
@@ -278,7 +288,7 @@ _conserving: weakref.WeakKeyDictionary[nn.Module, tuple[Any, float]] = weakref.W
 def conservation(runner: Runner, ids: Tensor) -> float:
     """Gap of the model under rule "cp" on a short text, for the likeliest next token. Kept until the model changes."""
     model = original_of(runner.model)
-    mark, known = _mark(model), _conserving.get(model)
+    mark, known = state_mark(model), _conserving.get(model)
     if known is None or known[0] != mark:
         last = torch.tensor([ids.shape[1] - 1], device=ids.device)
         probe = Linearised(runner, ids, last, "cp", MEMORY_BUDGET)
@@ -287,7 +297,7 @@ def conservation(runner: Runner, ids: Tensor) -> float:
     return known[1]
 
 
-def _mark(model: nn.Module) -> Any:
+def state_mark(model: nn.Module) -> Any:
     """Changes with the modules, the hooks, the weights, the type and the kernels of a model."""
     modules = list(model.modules())
     configs = {id(m.config): m.config for m in modules if isinstance(m, PreTrainedModel)}
