@@ -255,10 +255,10 @@ def checked_device(name: str | None) -> str:
     return name or kind
 
 
-def write(model: Any, tokenizer: Any, prompt: Prompt, max_new_tokens: int, *, streamer: Any = None) -> TokenizedText:
+def write(model: Any, tokenizer: Any, prompt: Prompt, max_new_tokens: int, **generating: Any) -> TokenizedText:
     """The prompt with what the model writes after it, greedily; tokens that end a text are left out.
 
-    streamer: as transformers has it, told of every token
+    generating: what else the model's ``generate`` takes, such as a streamer
 
     Keeps the ids of the generation, which need not be those that its text would be tokenized to.
     Raises InputError if the model writes nothing.
@@ -273,7 +273,7 @@ def write(model: Any, tokenizer: Any, prompt: Prompt, max_new_tokens: int, *, st
     start = inputs["input_ids"].shape[1]
     with torch.no_grad():
         greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        output = model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, **greedy)
+        output = model.generate(**inputs, max_new_tokens=max_new_tokens, **greedy, **generating)
     ids = output[0].cpu()
     ends = end_ids(tokenizer, model.config.get_text_config(), model.generation_config)
     stop = written_length(ids.tolist(), start, ends)

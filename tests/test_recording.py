@@ -179,3 +179,16 @@ def test_method_is_left_as_it_was(model):
     method = FlashTrace(model)
     method.record_ids(IDS, prompt_length=14).attribute(**TARGETS[0])
     assert not isinstance(method.passes, KeptPasses)
+
+
+def test_a_bridge_is_recorded_and_its_hooks_are_watched():
+    from flashtrace_lens import bridge_for
+
+    bridge = bridge_for(tiny("llama"))
+    recording = FlashTrace(bridge).record_ids(IDS, prompt_length=14)
+    for spans in TARGETS[:2]:
+        same(recording.attribute(**spans), FlashTrace(bridge).attribute_ids(IDS, prompt_length=14, **spans))
+    assert recording.passes == 1
+    bridge.add_hook("blocks.1.hook_mlp_out", lambda activation, hook: activation * 1.5)
+    with pytest.raises(InputError, match="hooks"):
+        recording.attribute(**TARGETS[0])

@@ -21,6 +21,7 @@ from flashtrace_plugin.cli.inputs import in_flags
 from flashtrace_plugin.cli.options import ByOption, HtmlOption, TopOption
 from flashtrace_plugin.cli.output import deliver, use_any_terminal
 from flashtrace_plugin.cli.run import run_command
+from flashtrace_plugin.cli.serve import serve_command
 from flashtrace_plugin.cli.sources import blame_command, cite_command
 from flashtrace_plugin.errors import FlashTraceError
 
@@ -88,6 +89,7 @@ app.command("tokens")(tokens_command)
 app.command("run", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(run_command)
 app.command("cite")(cite_command)
 app.command("blame")(blame_command)
+app.command("serve")(serve_command)
 
 
 @app.command()
