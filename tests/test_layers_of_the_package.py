@@ -33,6 +33,7 @@ TWICE = {
     **dict.fromkeys(("FlashTrace", "IFR", "RecursiveAttribution", "HETA"), "Captum's classes have the methods' names"),
     "main": "what a command runs",
     "run": "runs.run(rows, method, out) is documented under this name; the other runs a comparison of methods",
+    "failures": "inputs that could not be explained, of a run's folder and of Inseq's output",
     "recursive": "what turns a result or a method of Inseq, of Captum, into its recursive form",
     "load": "reasoner.load() and loading.load(name) are documented under these names",
 }

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from flashtrace_inseq import outputs
 from flashtrace_inseq.inputs import Wanted
-from flashtrace_inseq.methods import Explained, PluginAttribution, Read, failed
+from flashtrace_inseq.methods import Outcome, PluginAttribution, Read, is_error
 from flashtrace_inseq.outputs import FlashTraceSequenceOutput
 from flashtrace_plugin.errors import ReasoningWarning
 from flashtrace_plugin.methods.batch import caught
@@ -53,12 +53,12 @@ class TokenByToken(PluginAttribution, Registry):
 
     def explain(
         self, method: Any, texts: Sequence[Read], where: Sequence[Wanted], progress: bool, clean: bool
-    ) -> list[Explained]:
+    ) -> list[Outcome]:
         """The result for every input: a column for its target, or one for each generated token."""
         if any(one.target is not None for one in where):
             return super().explain(method, texts, where, progress, clean)
         rows = tqdm(zip(texts, where, strict=True), self.method_name, len(texts), disable=not progress)
-        return [one if failed(one) else caught(partial(self._each, method, one, w, clean)) for one, w in rows]
+        return [one if is_error(one) else caught(partial(self._each, method, one, w, clean)) for one, w in rows]
 
     def _each(self, method: Any, text: TokenizedText, where: Wanted, clean: bool) -> FlashTraceSequenceOutput:
         """A column for each generated token of one input."""

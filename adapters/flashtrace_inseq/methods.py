@@ -37,11 +37,11 @@ _GIVEN = (
 
 Read = Any
 """A TokenizedText, or the FlashTraceError of an input that could not be read."""
-Explained = Any
+Outcome = Any
 """A FlashTraceSequenceOutput, or the FlashTraceError of an input that could not be explained."""
 
 
-def failed(one: Any) -> bool:
+def is_error(one: Any) -> bool:
     """Whether it stands for an input that failed."""
     return isinstance(one, FlashTraceError)
 
@@ -155,21 +155,23 @@ class PluginAttribution(FeatureAttribution, Registry):
 
     def explain(
         self, method: Any, texts: Sequence[Read], where: Sequence[Wanted], progress: bool, clean: bool
-    ) -> list[Explained]:
+    ) -> list[Outcome]:
         """The result for every input, or its error.
 
         texts: the inputs, with errors in the places of those that could not be read
         clean: whether labels are without the tokenizer's marks
         """
-        chosen = [one if failed(one) else caught(partial(w.chosen, one)) for one, w in zip(texts, where, strict=True)]
+        chosen = [
+            one if is_error(one) else caught(partial(w.chosen, one)) for one, w in zip(texts, where, strict=True)
+        ]
         found = method.attribute_texts(
-            [target if failed(target) else one for one, target in zip(texts, chosen, strict=True)],
+            [target if is_error(target) else one for one, target in zip(texts, chosen, strict=True)],
             targets=chosen,
             reasonings=[one.reasoning for one in where],
             progress=progress,
             errors="return",
         )
-        return [one if failed(one) else outputs.laid_out(self.labels(one.token_ids, clean), one) for one in found]
+        return [one if is_error(one) else outputs.laid_out(self.labels(one.token_ids, clean), one) for one in found]
 
     def labels(self, ids: Iterable[int], clean: bool) -> list[TokenWithId]:
         """The tokens as Inseq shows them."""
@@ -178,9 +180,9 @@ class PluginAttribution(FeatureAttribution, Registry):
     def _read(self, method: Method, prompt: str, text: str, special: bool) -> TokenizedText:
         return method.read_ids(*encode(self.attribution_model, prompt, text, special))
 
-    def _in_place(self, found: Sequence[Explained], texts: Sequence[str]) -> list[FlashTraceSequenceOutput]:
+    def _in_place(self, found: Sequence[Outcome], texts: Sequence[str]) -> list[FlashTraceSequenceOutput]:
         """What was found, with the reason in the place of an input that failed. Raises its error if all did."""
-        bad = {i: str(one) for i, one in enumerate(found) if failed(one)}
+        bad = {i: str(one) for i, one in enumerate(found) if is_error(one)}
         if len(bad) == len(found):
             raise found[0]
         if bad:
