@@ -28,10 +28,10 @@ from torch import Tensor
 from flashtrace_captum import recursive
 from flashtrace_inseq.matrices import BaseMatrix
 from flashtrace_plugin import FlashTrace, Recursive, reasoner
-from flashtrace_plugin.evaluation.baselines import BASELINES
 from flashtrace_plugin.evaluation.cases import Case
-from flashtrace_plugin.evaluation.comparison import SAMPLE, Scorer, run, scorer
 from flashtrace_plugin.evaluation.drawing import ONE_OF_TWO, REASONER_TASKS, reasoner_cases
+from flashtrace_plugin.evaluation.run.contestants import Scorer, scorer, scorer_of
+from flashtrace_plugin.evaluation.run.runner import SAMPLE, run
 from flashtrace_plugin.evaluation.tables import differences, markdown, means
 
 THINKING = [name for name in REASONER_TASKS if not name.startswith("direct")]
@@ -98,7 +98,7 @@ def readings(name: str, rows: Callable[[Case], Tensor]) -> dict[str, Scorer]:
 
 def references(model: Any) -> dict[str, Scorer]:
     """What the table is to be read against."""
-    known = {name: (lambda case, f=BASELINES[name]: f(model, case)) for name in ("random", "leave one out")}
+    known = {name.replace("_", " "): scorer_of(name, model) for name in ("random", "leave_one_out")}
     return known | {"FlashTrace, 1 hop": scorer(FlashTrace(model))}
 
 

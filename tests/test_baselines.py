@@ -26,9 +26,9 @@ def log_prob(model, ids, span):
 
 @pytest.mark.parametrize("name", BASELINES)
 def test_one_score_for_each_prompt_token_and_the_model_is_left_alone(name, model):
-    scores = BASELINES[name](model, CASE)
+    scores = BASELINES[name].explain(model, CASE)
     assert scores.shape == (10,) and bool((scores >= 0).all()) and bool(scores.any())
-    assert torch.equal(scores, BASELINES[name](model, CASE)) and not scores.requires_grad
+    assert torch.equal(scores, BASELINES[name].explain(model, CASE)) and not scores.requires_grad
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
@@ -36,7 +36,7 @@ def test_attention_is_that_of_the_predicting_positions(model):
     with torch.no_grad():
         patterns = torch.stack(model(CASE.input_ids[None], output_attentions=True).attentions)[:, 0]
     expected = patterns[:, :, 15:19].sum(2).mean((0, 1))[:10]
-    torch.testing.assert_close(BASELINES["attention, mean of layers and heads"](model, CASE), expected)
+    torch.testing.assert_close(BASELINES["attention"].explain(model, CASE), expected)
 
 
 def test_leave_one_out_is_the_fall_of_the_whole_generation(model):
@@ -48,11 +48,11 @@ def test_leave_one_out_is_the_fall_of_the_whole_generation(model):
             ids[place] = replacement_token(model)
             changed.append(whole - log_prob(model, ids, CASE.generation))
     expected = torch.stack(changed).clamp(min=0)
-    torch.testing.assert_close(BASELINES["leave one out"](model, CASE).float(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(BASELINES["leave_one_out"].explain(model, CASE).float(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_gradient_times_input_is_the_slope_along_the_embedding(model):
-    found = BASELINES["gradient x input"](model, CASE)
+    found = BASELINES["gradient_x_input"].explain(model, CASE)
     embedded = model.get_input_embeddings()(CASE.input_ids[None]).detach()
 
     def value(place: int, step: float) -> float:
@@ -67,4 +67,4 @@ def test_gradient_times_input_is_the_slope_along_the_embedding(model):
 
 
 def test_the_answer_key_by_hand(model):
-    assert BASELINES["answer key"](model, CASE).tolist() == [0, 1, 0, 0, 1, 0, 0, 0, 1, 1]
+    assert BASELINES["answer_key"].explain(model, CASE).tolist() == [0, 1, 0, 0, 1, 0, 0, 0, 1, 1]

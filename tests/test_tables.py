@@ -9,9 +9,8 @@ import pandas as pd
 import pytest
 
 from flashtrace_plugin.evaluation import tables
-from flashtrace_plugin.evaluation.baselines import BASELINES
 from flashtrace_plugin.evaluation.metrics import bootstrap
-from tests.commands import run, script
+from tests.commands import script
 
 VALUES = pd.DataFrame(
     {
@@ -55,22 +54,3 @@ def test_without_pandas_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(ImportError, match=r"pip install 'flashtrace-plugin\[evaluation\]'"):
         script("flashtrace_plugin.evaluation.tables")
-
-
-def test_the_page_of_results(tmp_path, capsys):
-    lines = tmp_path / "lines.jsonl"
-    options = f"--samples 2 --seeds 1 --length 40 --out {tmp_path / 'page.md'} --lines {lines}"
-    out = run("flashtrace_plugin.evaluation.results", f"--task needles {options}", capsys)
-    page = (tmp_path / "page.md").read_text(encoding="utf-8")
-    command = "python -m flashtrace_plugin.evaluation.results --samples 2 --seeds 1 --length 40 --task needles"
-    assert page in out and page.splitlines()[5].strip() == command, "without paths"
-    assert all(f"| {name} | " in page for name in BASELINES) and "| FlashTrace, predicting, 4 hops | " in page
-    assert "## Needles\n\nn = 2, of 2 drawn." in page and "## Difference to “FlashTrace, token, 1 hop”" in page
-    known = lines.read_text(encoding="utf-8")
-    again = run("flashtrace_plugin.evaluation.results", f"--task needles {options}", capsys)
-    assert again == out and lines.read_text(encoding="utf-8") == known, "nothing is measured twice"
-
-
-def test_an_unknown_task_is_named(capsys):
-    with pytest.raises(AssertionError, match="no task riddles; tasks are variables"):
-        run("flashtrace_plugin.evaluation.results", "--task riddles", capsys)

@@ -17,6 +17,7 @@ from typer.core import TyperGroup
 
 from flashtrace_plugin import __version__
 from flashtrace_plugin.cli.attribute import attribute_command, tokens_command
+from flashtrace_plugin.cli.evaluate import evaluate_command
 from flashtrace_plugin.cli.inputs import in_flags
 from flashtrace_plugin.cli.options import ByOption, HtmlOption, TopOption
 from flashtrace_plugin.cli.output import deliver, use_any_terminal
@@ -90,6 +91,7 @@ app.command("run", context_settings={"allow_extra_args": True, "ignore_unknown_o
 app.command("cite")(cite_command)
 app.command("blame")(blame_command)
 app.command("serve")(serve_command)
+app.command("evaluate")(evaluate_command)
 
 
 @app.command()

@@ -25,7 +25,7 @@ class Case:
     prompt_length:  number of prompt tokens
     target:         the answer that is explained
     reasoning:      what the model wrote before it answered, if it did
-    evidence:       prompt positions that decide the target
+    evidence:       prompt positions that decide the target, none where they are not known
     distractors:    prompt positions that look like evidence and are not, where a task marks them
     segment:        all positions of the part that holds the evidence, where a task has parts (DSA)
     other_evidence: prompt positions that decide the other answers of the same generation, for specificity
@@ -53,7 +53,8 @@ class Case:
 
     def __post_init__(self) -> None:
         check_spans(len(self.input_ids), self.prompt_length, self.target, self.reasoning)
-        as_positions("evidence", self.evidence, self.prompt_length)
+        if self.evidence:  # some data sets mark none
+            as_positions("evidence", self.evidence, self.prompt_length)
 
     @property
     def gold(self) -> tuple[int, ...]:
@@ -84,13 +85,13 @@ class Case:
 
 def save_cases(path: str | Path, cases: Iterable[Case]) -> None:
     """Writes cases as JSON, so that models need not write again."""
-    Path(path).write_text(json.dumps([_plain(case) for case in cases]), encoding="utf-8")
+    Path(path).write_text(json.dumps([plain_case(case) for case in cases]), encoding="utf-8")
 
 
 def load_cases(path: str | Path) -> list[Case]:
     """Reads what :func:`save_cases` wrote. Raises InputError for another kind of file."""
     try:
-        return [_case(row) for row in json.loads(Path(path).read_text(encoding="utf-8"))]
+        return [case_of(row) for row in json.loads(Path(path).read_text(encoding="utf-8"))]
     except OSError as error:
         raise InputError(f"cannot read {path} ({error.strerror}); give a file written by save_cases") from error
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError, AttributeError) as error:
@@ -100,11 +101,13 @@ def load_cases(path: str | Path) -> list[Case]:
 _SPANS = ("target", "reasoning")
 
 
-def _plain(case: Case) -> dict[str, Any]:
+def plain_case(case: Case) -> dict[str, Any]:
+    """A case as JSON takes it."""
     return asdict(case) | {"input_ids": case.input_ids.tolist()}
 
 
-def _case(row: dict[str, Any]) -> Case:
+def case_of(row: dict[str, Any]) -> Case:
+    """The case that :func:`plain_case` wrote."""
     values = {field.name: row[field.name] for field in fields(Case)}
     values |= {name: None if row[name] is None else Span(**row[name]) for name in _SPANS}
     values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}

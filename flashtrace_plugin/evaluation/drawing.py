@@ -4,21 +4,27 @@
     drawn = english_cases(model, tokenizer, "two codes", wanted=10, force=True)
     drawn.cases, drawn.samples
 
+    draw = case_source(model, tokenizer, "two codes", answers="forced")
+    draw(7)                                             # the cases of sample 7, none where it is of no use
+
 A sample depends on its task, seed and number only, never on those before it.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from flashtrace_plugin import reasoner
 from flashtrace_plugin.errors import InputError, SpanError
 from flashtrace_plugin.evaluation import tasks
 from flashtrace_plugin.evaluation.cases import Case
+from flashtrace_plugin.evaluation.tasks.catalogue import TEXT_TASKS
 from flashtrace_plugin.evaluation.tasks.english import make_english
+from flashtrace_plugin.evaluation.tasks.readers import READERS
 from flashtrace_plugin.evaluation.tasks.text_sample import TextSample, Written, positions
 from flashtrace_plugin.loading import write
 from flashtrace_plugin.spans import Chars, Span, tokens_over
@@ -43,7 +49,7 @@ ONE_OF_TWO: dict[str, tuple[str, dict[str, Any]]] = {
 """The same samples with one of the two answers as the target, a case for each: for specificity."""
 
 
-class Drawn(NamedTuple):
+class _Drawn(NamedTuple):
     """Cases, and how many samples it took to find them."""
 
     cases: list[Case]
@@ -60,7 +66,7 @@ def reasoner_cases(
     length: int = 128,
     tries: int = 4,
     wrong: bool = False,
-) -> Drawn:
+) -> _Drawn:
     """The cases of the first ``wanted`` samples of a task that the reasoner gets right to the last word.
 
     task:   of ``REASONER_TASKS`` or ``ONE_OF_TWO``
@@ -70,6 +76,12 @@ def reasoner_cases(
 
     Raises InputError for an unknown task.
     """
+    return _draw(_of_reasoner(model, tokenizer, task, seed, length, wrong), wanted, tries)
+
+
+def _of_reasoner(
+    model: Any, tokenizer: Any, task: str, seed: int, length: int, wrong: bool
+) -> Callable[[int], list[Case]]:
     known = REASONER_TASKS | ONE_OF_TWO
     _check_task(task, known)
     name, parameters = known[task]
@@ -84,7 +96,62 @@ def reasoner_cases(
 
     if wrong and task in ONE_OF_TWO:
         raise InputError(f"the answers of a wrong generation of {task!r} cannot be told apart; draw right ones")
-    return _draw(one, wanted, tries)
+    return one
+
+
+ANSWERS = ("right", "forced", "wrong")
+"""Which samples are used: those that the model answers right; also the others, with the right text put into its
+mouth; or those that it answers wrong."""
+
+
+def case_source(
+    model: Any,
+    tokenizer: Any,
+    task: str,
+    *,
+    seed: int = 0,
+    length: int = 128,
+    answers: str = "right",
+    data: Mapping[str, str | Path] | None = None,
+) -> Callable[[int], list[Case] | None]:
+    """Draws the cases of a sample by its number: none where the model answers otherwise than ``answers`` wants.
+
+    task:    of the reasoner's, of ``TEXT_TASKS`` for any tokenizer, or of ``READERS``, whose samples stand in the file
+             that ``data`` names for it
+    length:  tokens of the reasoner's prompts at most
+    answers: of ``ANSWERS``
+    result:  gives None for a number beyond the samples of a file
+
+    Raises InputError for an unknown task, an unknown kind of answers and a task without its file.
+    """
+    if answers not in ANSWERS:
+        raise InputError(f"answers is {answers!r}; choose of {', '.join(ANSWERS)}")
+    if task in REASONER_TASKS | ONE_OF_TWO:
+        if answers == "forced":
+            raise InputError(f"{task!r} is a task of the reasoner, which needs no forcing; answers is right or wrong")
+        return _of_reasoner(model, tokenizer, task, seed, length, answers == "wrong")
+    sample_of = _samples(task, seed, data or {})
+
+    def one(number: int) -> list[Case] | None:
+        sample = sample_of(number)
+        if sample is None:
+            return None
+        found = text_cases(model, tokenizer, sample, force=answers == "forced", wrong=answers == "wrong")
+        return [replace(case, task=task, seed=seed, number=number) for case in found]
+
+    return one
+
+
+def _samples(task: str, seed: int, data: Mapping[str, str | Path]) -> Callable[[int], TextSample | None]:
+    """Samples by number, those of a file in an order drawn by the seed."""
+    if task in READERS:
+        if task not in data:
+            raise InputError(f"the task {task!r} is read from a file; name it with data={{{task!r}: path}}")
+        read = READERS[task](data[task])
+        order = random.Random(f"{task}/{seed}").sample(range(len(read)), len(read))
+        return lambda number: read[order[number]] if number < len(order) else None
+    _check_task(task, {**REASONER_TASKS, **ONE_OF_TWO, **TEXT_TASKS, **READERS})
+    return lambda number: TEXT_TASKS[task](random.Random(f"{task}/{seed}/{number}"))
 
 
 def english_cases(
@@ -96,7 +163,7 @@ def english_cases(
     seed: int = 0,
     tries: int = 4,
     force: bool = False,
-) -> Drawn:
+) -> _Drawn:
     """The cases of the first ``wanted`` samples of an English task that the model answers right.
 
     task:  of ``tasks.english.ENGLISH``
@@ -114,22 +181,29 @@ def english_cases(
 
 def paragraph_cases(
     model: Any, tokenizer: Any, samples: Sequence[TextSample], *, wanted: int, seed: int = 0, force: bool = False
-) -> Drawn:
+) -> _Drawn:
     """The same for samples that were read from a file, in an order drawn by the seed; each is tried once."""
     order = random.Random(f"paragraphs/{seed}").sample(range(len(samples)), len(samples))
     cases: list[Case] = []
     for tried, number in enumerate(order):
         if len(cases) >= wanted:
-            return Drawn(cases, tried)
+            return _Drawn(cases, tried)
         found = text_cases(model, tokenizer, samples[number], force=force)
         cases += [replace(case, seed=seed, number=number) for case in found]
-    return Drawn(cases, len(order))
+    return _Drawn(cases, len(order))
 
 
-def text_cases(model: Any, tokenizer: Any, sample: TextSample, *, force: bool = False) -> list[Case]:
-    """One case for each answer of a sample in plain text; none where the model is wrong and not forced."""
+def text_cases(
+    model: Any, tokenizer: Any, sample: TextSample, *, force: bool = False, wrong: bool = False
+) -> list[Case]:
+    """One case for each answer of a sample in plain text; none where the model is wrong and not forced.
+
+    wrong: only what the model answers wrong, all of it as one target; the evidence is that of the right answer
+    """
     text = _written(model, tokenizer, sample)
     read = sample.read(text.generation) if text else None
+    if wrong:
+        return [] if text is None or read is not None else [_wrong_case(text, tokenizer, sample)]
     forced = read is None
     if forced and force:
         text = tokenize(tokenizer, sample.for_model(tokenizer), sample.expected)
@@ -140,6 +214,20 @@ def text_cases(model: Any, tokenizer: Any, sample: TextSample, *, force: bool = 
     given = {"task": sample.task, "right": not forced, "forced": forced}
     given["question"] = positions(tokenizer, sample, [sample.question])
     return [_text_case(text, read, where, number, given) for number in range(len(read.answers))]
+
+
+def _wrong_case(text: TokenizedText, tokenizer: Any, sample: TextSample) -> Case:
+    where = positions(tokenizer, sample, [chars for ranges in sample.evidence for chars in ranges])
+    return Case(
+        text.input_ids,
+        text.prompt_length,
+        Span(text.prompt_length, len(text.input_ids)),
+        None,
+        evidence=where,
+        question=positions(tokenizer, sample, [sample.question]),
+        task=sample.task,
+        right=False,
+    )
 
 
 def _written(model: Any, tokenizer: Any, sample: TextSample) -> TokenizedText | None:
@@ -219,7 +307,7 @@ def _by_answer(tokenizer: Any, sample: tasks.Sample) -> list[Case]:
     ]
 
 
-def _draw(one: Callable[[int], list[Case]], wanted: int, tries: int) -> Drawn:
+def _draw(one: Callable[[int], list[Case]], wanted: int, tries: int) -> _Drawn:
     if wanted < 1 or tries < 1:
         raise InputError(f"wanted and tries must be at least 1, got {wanted} and {tries}")
     cases: list[Case] = []
@@ -227,7 +315,7 @@ def _draw(one: Callable[[int], list[Case]], wanted: int, tries: int) -> Drawn:
     while usable < wanted and samples < tries * wanted:
         found = one(samples)
         cases, usable, samples = cases + found, usable + bool(found), samples + 1
-    return Drawn(cases, samples)
+    return _Drawn(cases, samples)
 
 
 def _check_task(task: str, known: dict[str, Any]) -> None:

@@ -27,17 +27,13 @@ from flashtrace_plugin.errors import InputError
 from flashtrace_plugin.evaluation import models
 from flashtrace_plugin.evaluation.baselines import BASELINES
 from flashtrace_plugin.evaluation.cases import Case
-from flashtrace_plugin.evaluation.comparison import (
-    Scorer,
-    append_line,
-    check_same,
-    finished_lines,
-    read_results,
-    scorer,
-)
 from flashtrace_plugin.evaluation.metrics import auroc, recovery, recovery_ceiling
 from flashtrace_plugin.evaluation.metrics.deletion import replacement_token
 from flashtrace_plugin.evaluation.metrics.likelihood import log_likelihood
+from flashtrace_plugin.evaluation.metrics.scores import Scores, as_scores
+from flashtrace_plugin.evaluation.run.contestants import Scorer, scorer
+from flashtrace_plugin.evaluation.run.lines import append_line
+from flashtrace_plugin.evaluation.run.runner import check_same, finished_lines, read_results
 from flashtrace_plugin.evaluation.tables import cell, markdown
 from flashtrace_plugin.evaluation.tasks.injections import Transcript, transcripts
 from flashtrace_plugin.methods import METHODS
@@ -123,8 +119,8 @@ def _contestants(model: Any) -> dict[str, Scorer]:
     """Methods by the name of their row; ``recommended`` as ``blame`` runs it."""
     build: dict[str, dict[str, Any]] = {"recommended": {"sinks": "drop"}, "flashtrace": {}, "lrp": {}}
     rows = {name: scorer(METHODS[name](model, **options)) for name, options in build.items()}
-    known = ("attention, mean of layers and heads", "random")
-    return rows | {name: partial(BASELINES[name], model) for name in known}
+    known = ("attention", "random")
+    return rows | {name: partial(BASELINES[name].explain, model) for name in known}
 
 
 _LEFT_OUT = "leave one message out"
@@ -140,9 +136,15 @@ def _lines(model: Any, cases: Sequence[_Attacked], out: Path) -> None:
             check_same(finished.get((one.case.name, name), one.case.digest), one.case, out)
             if (one.case.name, name) not in finished:
                 begin = time.perf_counter()
-                scores = _without_each_message(model, one) if name == _LEFT_OUT else rows[name](one.case)
+                scores = (
+                    _without_each_message(model, one) if name == _LEFT_OUT else as_scores(rows[name](one.case)).abs()
+                )
                 spent = time.perf_counter() - begin
                 append_line(out, _head(model, one, name) | _measured(one, scores) | {"seconds": spent})
+
+
+def _scores(found: Scores) -> Tensor:
+    return as_scores(found).abs().float()
 
 
 def _head(model: Any, one: _Attacked, name: str) -> dict[str, Any]:

@@ -14,9 +14,9 @@ import typer
 
 from flashtrace_plugin.evaluation import models
 from flashtrace_plugin.evaluation.cases import Case
-from flashtrace_plugin.evaluation.comparison import measure
 from flashtrace_plugin.evaluation.drawing import REASONER_TASKS, english_cases, reasoner_cases
 from flashtrace_plugin.evaluation.metrics import recovery
+from flashtrace_plugin.evaluation.run.measures import Subject, measure
 from flashtrace_plugin.evaluation.tables import cell, markdown
 from flashtrace_plugin.evaluation.tasks.english import ENGLISH
 from flashtrace_plugin.methods import METHODS
@@ -77,7 +77,7 @@ def _measured(model: Any, method: Any, cases: Iterable[Case]) -> list[str]:
     values: dict[str, list[float]] = {name: [] for name in (*_QUALITY, *_TOLD)}
     for case in cases:
         found = method.attribute_ids(case.input_ids, **case.spans)
-        quality = measure(model, case, found.scores)
+        quality = measure(Subject(model, case), found.scores)
         told = (found.settings["sink_share"], len(found.sinks), len(set(found.sinks) & set(case.evidence)))
         for name, value in (quality | dict(zip(_TOLD, told, strict=True))).items():
             if name in values:

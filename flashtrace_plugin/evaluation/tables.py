@@ -24,11 +24,16 @@ def cell(values: Iterable[float], digits: int = 3) -> str:
     if measured.empty:
         return _NOT_MEASURED
     found = bootstrap(measured)
+    return interval_text(found.mean, found.low, found.high, found.n, digits)
+
+
+def interval_text(mean: float, low: float, high: float, n: int, digits: int = 3) -> str:
+    """The text of a mean of ``n`` numbers and its interval."""
+    if n == 0:
+        return _NOT_MEASURED
     # Adding 0 turns a rounded -0.0 into 0.0.
-    mean, low, high = (round(x, digits) + 0.0 for x in (found.mean, found.low, found.high))
-    if found.n == 1:
-        return f"{mean:.{digits}f}"
-    return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    mean, low, high = (round(x, digits) + 0.0 for x in (mean, low, high))
+    return f"{mean:.{digits}f}" if n == 1 else f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def means(values: pd.DataFrame, metrics: Sequence[str], *, by: str = "method", digits: int = 3) -> pd.DataFrame:

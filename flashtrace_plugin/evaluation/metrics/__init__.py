@@ -8,8 +8,10 @@ from flashtrace_plugin.evaluation.metrics.deletion import DeletionCurve, deletio
 from flashtrace_plugin.evaluation.metrics.detection import auroc, recovery_ceiling
 from flashtrace_plugin.evaluation.metrics.evaluation import Evaluation, evaluate
 from flashtrace_plugin.evaluation.metrics.evidence import dsa, f1, recovery
+from flashtrace_plugin.evaluation.metrics.flow import mass_by_hop
 from flashtrace_plugin.evaluation.metrics.likelihood import log_likelihood
 from flashtrace_plugin.evaluation.metrics.paired import paired
+from flashtrace_plugin.evaluation.metrics.patching import Patching, patch_effects, patching
 from flashtrace_plugin.evaluation.metrics.scores import Scores, ranking
 from flashtrace_plugin.evaluation.metrics.soft import SoftFaithfulness, soft_faithfulness
 from flashtrace_plugin.evaluation.metrics.specificity import specificity
@@ -20,6 +22,7 @@ __all__ = [
     "DeletionCurve",
     "Estimate",
     "Evaluation",
+    "Patching",
     "Scores",
     "SoftFaithfulness",
     "Sufficiency",
@@ -31,7 +34,10 @@ __all__ = [
     "f1",
     "log_likelihood",
     "mas",
+    "mass_by_hop",
     "paired",
+    "patch_effects",
+    "patching",
     "ranking",
     "recovery",
     "recovery_ceiling",

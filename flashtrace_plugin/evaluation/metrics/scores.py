@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
-from typing import Union
+from typing import Any, Union
 
 import torch
 from torch import Tensor
 
 from flashtrace_plugin.attribution import Attribution
 from flashtrace_plugin.errors import InputError, SpanError
+from flashtrace_plugin.evaluation.metrics.hosts import scores_of_host
 
-Scores = Union[Attribution, Tensor, Sequence[float]]
-"""An attribution, or one number for each token of the prompt."""
+Scores = Union[Attribution, Tensor, Sequence[float], Any]
+"""An attribution, one number for each token of the prompt, or a result of Inseq or Captum."""
 
 
 def as_scores(scores: Scores, prompt_length: int | None = None, input_ids: Tensor | None = None) -> Tensor:
@@ -25,8 +26,7 @@ def as_scores(scores: Scores, prompt_length: int | None = None, input_ids: Tenso
     """
     if isinstance(scores, Attribution) and input_ids is not None and scores.token_ids != tuple(input_ids.tolist()):
         raise InputError("the attribution belongs to another sequence; pass the input_ids it was computed for")
-    found = scores.scores if isinstance(scores, Attribution) else torch.as_tensor(scores)
-    values = found.detach().double().cpu()
+    values = _numbers(scores).detach().double().cpu()
     if values.dim() != 1 or not len(values):
         raise InputError(f"scores must be [prompt_length], one for each prompt token, got {list(values.shape)}")
     if prompt_length is not None and len(values) != prompt_length:
@@ -38,6 +38,21 @@ def as_scores(scores: Scores, prompt_length: int | None = None, input_ids: Tenso
             "was the attribution run in half precision?"
         )
     return values
+
+
+def _numbers(scores: Scores) -> Tensor:
+    if isinstance(scores, Attribution):
+        return scores.scores
+    found = scores_of_host(scores)
+    if found is not None:
+        return found
+    try:
+        return torch.as_tensor(scores)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"scores are a {type(scores).__name__}; give an Attribution, a result of Inseq or Captum, or one number "
+            "for each prompt token"
+        ) from error
 
 
 def as_masses(scores: Scores, use: str) -> Tensor:

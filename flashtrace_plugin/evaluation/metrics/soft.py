@@ -55,6 +55,7 @@ def soft_faithfulness(
     generation: Span | None = None,
     samples: int = 16,
     seed: int = 0,
+    retention: float | None = None,
 ) -> SoftFaithfulness:
     """Soft-NC and Soft-NS, raw and for random scores::
 
@@ -64,13 +65,17 @@ def soft_faithfulness(
 
     Scores are scaled to [0, 1] by their minimum and maximum; constant scores become 1/2. Δ(X') is the mean over
     ``samples`` draws. The random scores are drawn anew for each of them and share its uniform numbers.
+    retention: expected share of the dimensions that e keeps, the same for all scores: pi-Soft-NC and -NS (arXiv
+    2601.03089), because scores with a larger mean otherwise win. The scaled scores are multiplied by what makes the
+    mean of min(1, c e) that share; where too few are above 0, the others get an equal rest.
+
     Only the prompt is perturbed. Other arguments as in :func:`deletion_curve`. It costs 2 + ``samples`` forward
     passes, the latter of four rows. Raises InputError for a model whose distributions do not depend on the prompt.
     """
     lm = check_model(model)
     ids = check_ids(lm, torch.as_tensor(input_ids))
     watched = watched_span(generation, prompt_length, ids.shape[1])
-    keep = _unit(as_scores(scores, prompt_length, ids[0])).float()
+    keep = _retaining(_unit(as_scores(scores, prompt_length, ids[0])), retention).float()
     if samples < 1:
         raise InputError(f"samples must be at least 1, got {samples}; 16 is usual")
     with evaluating(lm), torch.no_grad():
@@ -78,7 +83,8 @@ def soft_faithfulness(
         whole = float(probe.distances(torch.zeros(1, prompt_length, 1, dtype=torch.float32)))
         if whole == 0:
             raise InputError("the generation does not depend on the prompt: Δ of an all-zero prompt is 0")
-        draws = [probe.distances(masks) for masks in _masks(keep, probe.embeddings.shape[-1], samples, seed)]
+        masks = _masks(keep, probe.embeddings.shape[-1], samples, seed, retention)
+        draws = [probe.distances(mask) for mask in masks]
     kept, dropped, random_kept, random_dropped = torch.stack(draws).mean(0).tolist()
     return SoftFaithfulness(
         nc=dropped / whole,
@@ -108,12 +114,13 @@ class _Probe:
         return generation_logits(self.model, self.generation, inputs_embeds=embeddings).float().softmax(-1).sqrt()
 
 
-def _masks(keep: Tensor, width: int, samples: int, seed: int) -> Iterator[Tensor]:
+def _masks(keep: Tensor, width: int, samples: int, seed: int, retention: float | None) -> Iterator[Tensor]:
     """For each sample: dimensions kept and dropped by the scores, and by random ones. each: [4, prompt_length, d]"""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(samples):
         uniform = torch.rand(len(keep), width, generator=generator, dtype=torch.float32)
         random = torch.rand(len(keep), generator=generator, dtype=torch.float32)
+        random = _retaining(random.double(), retention).float()
         kept, random_kept = uniform < keep[:, None], uniform < random[:, None]
         yield torch.stack([kept, ~kept, random_kept, ~random_kept])
 
@@ -121,3 +128,24 @@ def _masks(keep: Tensor, width: int, samples: int, seed: int) -> Iterator[Tensor
 def _unit(scores: Tensor) -> Tensor:
     low, high = scores.min(), scores.max()
     return (scores - low) / (high - low) if high > low else torch.full_like(scores, 0.5)
+
+
+def _retaining(unit: Tensor, retention: float | None) -> Tensor:
+    """Scores in [0, 1] brought to a mean by a factor, at most 1 each. unit, result: [n]"""
+    if retention is None:
+        return unit
+    if not 0 < retention < 1:
+        raise InputError(f"retention must be above 0 and below 1, got {retention}; 0.5 is usual")
+    room = retention * len(unit)
+    if float((unit > 0).sum()) <= room:
+        rest = (room - float((unit > 0).sum())) / max(1, int((unit == 0).sum()))
+        return torch.where(unit > 0, 1.0, rest)
+    low, high = 0.0, 1.0 / float(unit[unit > 0].min())
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if float((unit * middle).clamp(max=1).sum()) < room else (low, middle)
+    return (unit * high).clamp(max=1)
+
+
+_HALVINGS = 200
+"""Enough for any two float64 numbers."""

@@ -20,8 +20,7 @@ from flashtrace_plugin.evaluation.tasks.english_words import (
     draw_things,
     shuffled,
 )
-from flashtrace_plugin.evaluation.tasks.text_sample import TextSample
-from flashtrace_plugin.spans import Chars
+from flashtrace_plugin.evaluation.tasks.text_sample import TextSample, join_labelled
 
 _Labelled = tuple[str, str]
 """A label, empty for what is no evidence, and a piece of text."""
@@ -158,7 +157,7 @@ def _sample(
 ) -> TextSample:
     """Lays out the prompt. A chat message ends in the question, a text in ``lead``, the beginning of the answer."""
     chat = given.get("chat", False)
-    text, places = _laid_out(body)
+    text, places = join_labelled(body)
     text += f"\n{example}" if example else ""
     begin = len(text) + 1
     text += f"\n{question}" if chat else f"\nQuestion: {question}\n" + (lead if example else f"Answer: {lead}")
@@ -171,16 +170,6 @@ def _sample(
         question=(begin, len(text)),
         parameters=given,
     )
-
-
-def _laid_out(body: Sequence[_Labelled]) -> tuple[str, dict[str, Chars]]:
-    """The sentences joined by spaces, and where the labelled ones are without their full stop."""
-    text, places = "", {}
-    for number, (label, sentence) in enumerate(body):
-        text += " " if number else ""
-        places[label] = (len(text), len(text) + len(sentence) - 1)
-        text += sentence
-    return text, places
 
 
 _BOUNDS = {"keys": (1, THINGS_AT_MOST), "rooms": (2, len(ROOMS)), "filler": (0, 10_000), "digits": (2, 9)}

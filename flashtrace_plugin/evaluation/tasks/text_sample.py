@@ -77,6 +77,16 @@ class TextSample:
         return self.prompt if adds_it else tokenizer.bos_token + self.prompt
 
 
+def join_labelled(body: Sequence[tuple[str, str]]) -> tuple[str, dict[str, Chars]]:
+    """(label, sentence) pairs joined by spaces, and where the labelled ones are without their full stop."""
+    text, places = "", {}
+    for number, (label, sentence) in enumerate(body):
+        text += " " if number else ""
+        places[label] = (len(text), len(text) + len(sentence) - 1)
+        text += sentence
+    return text, places
+
+
 def positions(tokenizer: Any, sample: TextSample, ranges: Iterable[Chars]) -> tuple[int, ...]:
     """Prompt positions of the tokens that share a character with one of the ranges of ``sample.text``, ascending.
 

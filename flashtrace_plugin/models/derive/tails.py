@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from flashtrace_plugin.errors import InputError, UnsupportedModelError
 from flashtrace_plugin.models.derive.blockwise import blockwise_methods, register_blockwise
 from flashtrace_plugin.models.modes import check_differentiable, check_layer_by_layer
+from flashtrace_plugin.models.prefix import cached_states, prefix_cache
 from flashtrace_plugin.models.read.layouts import transformer_blocks
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
@@ -113,11 +114,7 @@ class Tails:
         self.whole = log_probs[0]
 
     def _prefix(self, stop: int) -> Cache | None:
-        if stop == 0:
-            return None
-        return Cache(
-            layers=[_Prefix(layer.keys[..., :stop, :], layer.values[..., :stop, :]) for layer in self._layers]
-        )
+        return prefix_cache(cached_states(self.cache, stop)) if stop else None
 
     @property
     def _layers(self) -> list[Any]:
@@ -158,22 +155,6 @@ class Tails:
         if self.block is None:
             raise ValueError("hidden states need last_layers")
         return self.block
-
-
-class _Prefix(DynamicLayer):
-    """Keys and values that precede those of every call and are never changed by it."""
-
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        super().__init__()
-        self.keys, self.values = keys, values
-        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        return _after(self.keys, key_states), _after(self.values, value_states)
-
-
-def _after(prefix: Tensor, states: Tensor) -> Tensor:
-    return torch.cat([prefix.expand(len(states), -1, -1, -1), states], -2)
 
 
 def _check_embeddings(model: PreTrainedModel) -> None:

@@ -1,0 +1,1 @@
+"""Pages and figures that are written from the folders of runs."""
