@@ -32,6 +32,10 @@ class Baseline:
     about: str
 
 
+ROWS = 16
+"""Texts run at once: enough for full speed, and few enough that those in a batch begin alike for long."""
+
+
 def fixed(passes: float) -> Callable[[Case], float]:
     """The same number of forward passes whatever the text."""
     return lambda case: passes
@@ -48,7 +52,7 @@ def falls(model: Any, case: Case, groups: list[list[int]], watched: Span) -> Ten
     token = replacement_token(model)
     for row, group in zip(rows[1:], groups, strict=True):
         row[group] = token
-    found = log_likelihood(model, rows, generation=watched, batch_size=32)
+    found = log_likelihood(model, rows, generation=watched, batch_size=ROWS)
     return (found[0] - found[1:]).float()
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from flashtrace_plugin.evaluation.baselines.base import Baseline, chunks, fixed, generator_of, spread
+from flashtrace_plugin.evaluation.baselines.base import ROWS, Baseline, chunks, fixed, generator_of, spread
 from flashtrace_plugin.evaluation.baselines.perturbation import CHUNK
 from flashtrace_plugin.evaluation.metrics.deletion import replacement_token
 from flashtrace_plugin.evaluation.metrics.likelihood import log_likelihood
@@ -30,7 +30,7 @@ def _context_cite(model: Any, case: Case) -> Tensor:
     rows = case.input_ids.repeat(_ABLATIONS, 1)
     for row, mask in zip(rows, kept, strict=True):
         row[[i for group, there in zip(groups, mask.tolist(), strict=True) if not there for i in group]] = token
-    found = log_likelihood(model, rows, generation=case.generation, batch_size=32)
+    found = log_likelihood(model, rows, generation=case.generation, batch_size=ROWS)
     weights = lasso_weights(kept, _log_odds(found), len(case.generation))
     return spread(weights.clamp(min=0), groups, case.prompt_length)
 
@@ -74,7 +74,7 @@ def _reagent(model: Any, case: Case) -> Tensor:
     replaced = torch.rand(_ROUNDS, length, generator=generator, dtype=torch.float32) < _REPLACED
     rows = case.input_ids.repeat(_ROUNDS + 1, 1)
     rows[1:, :length] = torch.where(replaced, drawn, rows[1:, :length])
-    found = log_likelihood(model, rows, generation=case.target, batch_size=32)
+    found = log_likelihood(model, rows, generation=case.target, batch_size=ROWS)
     fall = ((found[0] - found[1:]) / len(case.target)).float()[:, None]
     return torch.where(replaced, fall, -fall).mean(0).softmax(0)
 

@@ -137,6 +137,7 @@ def _retaining(unit: Tensor, retention: float | None) -> Tensor:
     if not 0 < retention < 1:
         raise InputError(f"retention must be above 0 and below 1, got {retention}; 0.5 is usual")
     room = retention * len(unit)
+    unit = torch.where(unit < _NOTHING, 0.0, unit)
     if float((unit > 0).sum()) <= room:
         rest = (room - float((unit > 0).sum())) / max(1, int((unit == 0).sum()))
         return torch.where(unit > 0, 1.0, rest)
@@ -149,3 +150,6 @@ def _retaining(unit: Tensor, retention: float | None) -> Tensor:
 
 _HALVINGS = 200
 """Enough for any two float64 numbers."""
+
+_NOTHING = 1e-12
+"""Scaled scores below this count as 0: the factor that would lift them is beyond what numbers can hold."""
