@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ def areas(values, scores, groups):
     worse = [min(1.0, max(0.0, c + abs(c - d))) for c, d in zip(curve, density)]
     low, high = min(worse), max(worse)
     worse = [(w - low) / (high - low) for w in worse] if high > low else [0.5] * (n + 1)
-    return tuple(sum((a + b) / 2 for a, b in zip(y, y[1:])) / n for y in (curve, worse))
+    return tuple(sum((a + b) / 2 for a, b in pairwise(y)) / n for y in (curve, worse))
 
 
 @given(scored, st.data())

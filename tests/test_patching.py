@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flashtrace_plugin import FlashTrace, InputError, Span, SpanError
-from flashtrace_plugin.evaluation.metrics import log_likelihood, mass_by_hop, patch_effects, patching
 from flashtrace_plugin.evaluation.metrics import likelihood as module
+from flashtrace_plugin.evaluation.metrics import log_likelihood, mass_by_hop, patch_effects, patching
 from flashtrace_plugin.evaluation.metrics.likelihood import token_log_likelihood
 from flashtrace_plugin.evaluation.metrics.soft import _retaining, soft_faithfulness
 from tests.tiny import PAD, random_ids, tiny

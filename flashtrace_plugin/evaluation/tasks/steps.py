@@ -24,7 +24,7 @@ def _long_steps(rng: random.Random, task: str, *, steps: int, hops: int = 4) -> 
     ]
     text, places = join_labelled(shuffled(rng, [*facts, *others], 6))
     begin = len(text) + 1
-    text += f"\nQuestion: What is the code of what the {things[hops - 1]} is in, at the end?\nSteps:"
+    text += f"\nQuestion: What is the code of the outermost thing that holds the {things[hops - 1]}?\nSteps:"
     said = [fact for _, fact in reversed(facts)]
     written = _spread(rng, said, max(steps, hops))
     return TextSample(
