@@ -147,6 +147,15 @@ def test_a_full_disk_keeps_what_was_measured(tmp_path, monkeypatch):
     assert kept == 3 and len(read_run(tmp_path)) == 4
 
 
+def test_tasks_take_turns(tmp_path):
+    run_suite(
+        out=tmp_path, **SMALL | {"tasks": ["needles", "direct answer, 1 hop"], "methods": ["random", "flashtrace"]}
+    )
+    cases = read_results(*line_files(tmp_path))["task"].drop_duplicates().tolist()
+    each = [line["task"] for line in lines.read_lines(tmp_path / "lines-1-of-1.jsonl")][::2]
+    assert cases == ["needles", "direct answer, 1 hop"] and each == cases * 2
+
+
 def test_what_a_method_refuses_becomes_a_line(tmp_path, monkeypatch):
     def scorers(name, model):
         return (lambda case: torch.full((case.prompt_length,), torch.nan)) if name == "bad" else scorer_of(name, model)

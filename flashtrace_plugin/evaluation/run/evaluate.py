@@ -8,8 +8,7 @@ on it (``lines-*.jsonl``), and the tables and figures made of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from itertools import chain
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,17 +80,19 @@ def run_suite(
         out, _manifest(lm, model, suite, plan, steps, drawing) | {"tasks": list(names), "methods": list(chosen)}
     )
     told = tqdm(disable=not progress, desc="samples drawn", unit="sample", leave=False)
-    cases = chain.from_iterable(
-        drawn_cases(
-            out / f"samples-{shard.name}.jsonl",
-            task,
-            source,
-            seed=seed,
-            samples=wanted,
-            shard=shard,
-            progress=lambda number: told.update(),
-        )
-        for task, source in sources.items()
+    cases = _in_turns(
+        [
+            drawn_cases(
+                out / f"samples-{shard.name}.jsonl",
+                task,
+                source,
+                seed=seed,
+                samples=wanted,
+                shard=shard,
+                progress=lambda number: told.update(),
+            )
+            for task, source in sources.items()
+        ]
     )
     run(
         lm,
@@ -106,6 +107,18 @@ def run_suite(
     )
     write_summary(out, plan.reference)
     return out
+
+
+def _in_turns(cases: Iterable[Iterator[Case]]) -> Iterator[Case]:
+    """One case of every task in turn, so that a run that is stopped early knows something of all of them."""
+    going = list(cases)
+    while going:
+        for one in list(going):
+            case = next(one, None)
+            if case is None:
+                going.remove(one)
+            else:
+                yield case
 
 
 def _told(cases: Iterable[Case], expected: int, progress: bool) -> Iterable[Case]:

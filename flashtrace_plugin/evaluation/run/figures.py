@@ -182,6 +182,25 @@ def _costs(values: pd.DataFrame, reference: str) -> Any:
     return figure
 
 
+def cost_figure(values: pd.DataFrame, methods: list[str]) -> Any:
+    """AUROC of the evidence against forward passes, a panel for each model; the first method stands out."""
+    models = list(dict.fromkeys(values["model"]))
+    figure = _new_figure(len(models), 4.8)
+    looks = dict(zip(methods, _COLOURS * len(methods)))
+    for axis, model in zip(figure.axes, models, strict=True):
+        for number, (name, colour) in enumerate(looks.items()):
+            part = values[(values["model"] == model) & (values["method"] == name)]
+            if len(part):
+                look = {"marker": "*", "s": 160} if number == 0 else {"marker": "osv^DP"[number % 6], "s": 45}
+                at = max(part["cost"].median(), _LEAST)
+                axis.scatter(at, part["AUROC"].mean(), color=colour, label=method_label(name), **look)
+        axis.set(xscale="log", xlabel="cost, forward passes", title=model, ylim=(0.4, 1.02))
+        axis.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("AUROC of the evidence")
+    legend(figure)
+    return figure
+
+
 _FIGURES: dict[str, Callable[[pd.DataFrame, str], Any]] = {
     "mass": _mass,
     "curves": _curves,
