@@ -25,7 +25,7 @@ from flashtrace_plugin.evaluation.metrics import (
 )
 from flashtrace_plugin.evaluation.metrics.likelihood import token_log_likelihood
 from flashtrace_plugin.evaluation.run.contestants import scorer
-from flashtrace_plugin.evaluation.run.measures import DELETIONS, GROUPS, KEPT, METRICS, Subject, measure
+from flashtrace_plugin.evaluation.run.measures import DELETIONS, GROUPS, KEPT, METRICS, NEUTRAL, Subject, measure
 from flashtrace_plugin.evaluation.run.runner import SAMPLE, run
 from flashtrace_plugin.evaluation.tables import differences, means
 from flashtrace_plugin.methods.flashtrace import FlashTrace
@@ -164,7 +164,7 @@ def test_paired_differences_by_hand():
 def test_measure_agrees_with_each_metric_by_itself(model, case):
     scores = scores_of(4)
     found = measure(Subject(model, case), scores, GROUPS)
-    assert set(METRICS) - {"DSA", "sensitivity"} <= set(found)
+    assert set(METRICS) - {"DSA", "sensitivity", *NEUTRAL} <= set(found) and "ceiling" in found
     for name, watched in (("", case.generation), (" of the answer", case.target)):
         options = {"prompt_length": PROMPT, "scores": scores, "generation": watched}
         curve = deletion_curve(model, case.input_ids, steps=DELETIONS, **options)
@@ -227,7 +227,7 @@ def test_tables_of_a_run(model, case, counted, tmp_path):
     scorers = {"FlashTrace": scorer(FlashTrace(model)), "other": counted[0]}
     cases = [replace(case, number=n, other_evidence=(9,) if n else ()) for n in range(3)]
     values = run(model, cases, scorers, out=tmp_path / "lines.jsonl", progress=False)
-    metrics = [name for name in METRICS if name in values]
+    metrics = [name for name in METRICS if name in values and name not in NEUTRAL]
     assert list(means(values, metrics).index) == ["FlashTrace", "other"]
     assert values["specificity"].isna().sum() == 2
     assert list(differences(values, metrics, "FlashTrace", sample=SAMPLE).index) == ["other"]

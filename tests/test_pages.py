@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -99,3 +101,21 @@ def test_folders_that_hold_no_run(folder, tmp_path):
     (tmp_path / "manifest.json").write_text(json.dumps({"model": "x"}))
     with pytest.raises(InputError, match="holds no results yet"):
         read_runs([tmp_path])
+
+
+def test_time_and_memory_against_length(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "flashtrace_plugin.evaluation.run.scale",
+        "--sizes",
+        "10,100",
+        "--out",
+        str(tmp_path),
+    ]
+    for _ in range(2):  # the second time nothing is measured
+        subprocess.run([*command, "--methods", "flashtrace"], check=True, capture_output=True)
+        lines = [json.loads(line) for line in (tmp_path / "scale.jsonl").read_text().splitlines()]
+        assert [(line["prompt"], line["target"]) for line in lines] == [(10, 100), (100, 10), (100, 100)]
+    assert all(line["seconds"] > 0 and line["memory"] >= 0 for line in lines)
+    assert (tmp_path / "scale-reasoner.png").is_file()

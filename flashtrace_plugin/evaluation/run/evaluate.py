@@ -76,9 +76,7 @@ def run_suite(
     }
     names = tuple(tasks) or (plan.text if reads_text else plan.reasoner)
     sources = {task: case_source(lm, tokenizer, task, **drawing) for task in names}
-    open_folder(
-        out, _manifest(lm, model, suite, plan, steps, drawing) | {"tasks": list(names), "methods": list(chosen)}
-    )
+    open_folder(out, _manifest(lm, model, suite, plan, steps, drawing))
     told = tqdm(disable=not progress, desc="samples drawn", unit="sample", leave=False)
     cases = _in_turns(
         [

@@ -45,14 +45,14 @@ def save(figure: Any, path: Path) -> None:
         raise InputError(f"{path} cannot be written ({error.strerror}); make room or give another folder") from error
 
 
-def _new_figure(panels: int, height: float = 3.4) -> Any:
+def panels(count: int, height: float = 3.4) -> Any:
     """A figure with panels side by side."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("figures need matplotlib: pip install 'flashtrace-plugin[evaluation]'") from error
-    figure = Figure(figsize=(max(4.2, 3.8 * panels), height), layout="constrained")
-    for axis in figure.subplots(1, panels, squeeze=False)[0]:
+    figure = Figure(figsize=(max(4.2, 3.8 * count), height), layout="constrained")
+    for axis in figure.subplots(1, count, squeeze=False)[0]:
         axis.spines[["top", "right"]].set_visible(False)
     return figure
 
@@ -94,7 +94,7 @@ def _mass(values: pd.DataFrame, reference: str) -> Any:
     ]
     if not names:
         return None
-    figure = _new_figure(len(names))
+    figure = panels(len(names))
     for axis, name in zip(figure.axes, names, strict=True):
         shares = _by_hop(held.loc[held["method"] == name, "mass"].tolist())
         below = np.zeros(len(shares))
@@ -121,7 +121,7 @@ def _curves(values: pd.DataFrame, reference: str) -> Any:
     falling = values[(values["falls"] == 1) & values["deletion"].notna()]
     if not len(falling):
         return None
-    figure = _new_figure(2, 4.2)
+    figure = panels(2, 4.2)
     deletion, insertion = figure.axes
     looks = _looks(values, reference)
     for name in compared(values, reference):
@@ -150,7 +150,7 @@ def _lengths(values: pd.DataFrame, reference: str) -> Any:
         return None
     metrics = [metric for metric in ("MAS", "RISE", "AUROC") if metric in thinking]
     bins = pd.qcut(thinking["reasoning_length"], _BINS, duplicates="drop")
-    figure, looks = _new_figure(len(metrics), 4.0), _looks(values, reference)
+    figure, looks = panels(len(metrics), 4.0), _looks(values, reference)
     for axis, metric in zip(figure.axes, metrics, strict=True):
         for name in compared(values, reference):
             part = thinking[thinking["method"] == name]
@@ -169,7 +169,7 @@ def _costs(values: pd.DataFrame, reference: str) -> Any:
     ]
     if "cost" not in values or not metrics:
         return None
-    figure, looks = _new_figure(len(metrics), 4.6), _looks(values, reference)
+    figure, looks = panels(len(metrics), 4.6), _looks(values, reference)
     for axis, metric in zip(figure.axes, metrics, strict=True):
         for name, look in looks.items():
             part = values[values["method"] == name]
@@ -185,7 +185,7 @@ def _costs(values: pd.DataFrame, reference: str) -> Any:
 def cost_figure(values: pd.DataFrame, methods: list[str]) -> Any:
     """AUROC of the evidence against forward passes, a panel for each model; the first method stands out."""
     models = list(dict.fromkeys(values["model"]))
-    figure = _new_figure(len(models), 4.8)
+    figure = panels(len(models), 4.8)
     looks = dict(zip(methods, _COLOURS * len(methods)))
     for axis, model in zip(figure.axes, models, strict=True):
         for number, (name, colour) in enumerate(looks.items()):

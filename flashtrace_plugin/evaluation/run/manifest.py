@@ -15,8 +15,8 @@ _FORMAT = 1
 """Raised when lines change their meaning."""
 
 _NAME = "manifest.json"
-_EXTENDED = ("methods", "tasks", "samples", "torch", "device", "threads")
-"""What may change from one call to the next: it adds lines, or says where they were computed."""
+_WHERE = ("torch", "device", "threads")
+"""What may change from one call to the next: it says where lines were computed first."""
 
 
 def manifest(model: Any, name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def open_folder(folder: Path, wanted: Mapping[str, Any]) -> None:
     path = folder / _NAME
     if path.exists():
         known = read_manifest(folder)
-        same = [key for key in {**known, **wanted} if key not in _EXTENDED]
+        same = [key for key in {**known, **wanted} if key not in _WHERE]
         differ = [
             f"{key} {known.get(key)!r}, not {wanted.get(key)!r}" for key in same if known.get(key) != wanted.get(key)
         ]

@@ -172,7 +172,9 @@ def _flow(subject: Subject, scores: Tensor, given: Scores) -> dict[str, Any]:
     """Mass by hop and segment, and rho by hop; nothing for what is no Attribution."""
     if not isinstance(given, Attribution):
         return {}
-    return {"rho": [float(x) for x in given.reasoning_mass], "mass": mass_by_hop(given)}
+    rho = [float(x) for x in given.reasoning_mass]
+    by_hop = dict(zip(RHO, rho)) if subject.case.reasoning is not None else {}
+    return {"rho": rho, "mass": mass_by_hop(given)} | by_hop
 
 
 GROUPS: dict[str, Callable[[Subject, Tensor, Scores], dict[str, Any]]] = {
@@ -205,8 +207,12 @@ _HIGHER = (
     "Intervention@5",
 )
 LOWER = ("RISE", "MAS", "RISE of the answer", "MAS of the answer", "misattribution", "sensitivity")
-METRICS = (*_HIGHER, *LOWER)
-"""Names of the metrics that tables show; those of ``LOWER`` are better lower, the others higher."""
+RHO = tuple(f"rho, hop {hop}" for hop in range(5))
+"""Share of each hop's mass that lies on the reasoning, where there is one (FlashTrace, Eq. 11)."""
+
+NEUTRAL = ("cost", "seconds", "ceiling", *RHO)
+METRICS = (*_HIGHER, *LOWER, *NEUTRAL)
+"""Names of what tables show: better higher; those of ``LOWER`` better lower; those of ``NEUTRAL`` neither."""
 
 
 def _inside(case: Case, span: Span) -> slice:

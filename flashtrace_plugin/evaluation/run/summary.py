@@ -18,7 +18,7 @@ from flashtrace_plugin.evaluation.run.contestants import method_label
 from flashtrace_plugin.evaluation.run.draws import count_drawn
 from flashtrace_plugin.evaluation.run.figures import write_figures
 from flashtrace_plugin.evaluation.run.manifest import read_manifest, write_whole
-from flashtrace_plugin.evaluation.run.measures import LOWER, METRICS
+from flashtrace_plugin.evaluation.run.measures import LOWER, METRICS, NEUTRAL
 from flashtrace_plugin.evaluation.run.runner import read_results
 from flashtrace_plugin.evaluation.tables import interval_text, markdown
 
@@ -108,6 +108,7 @@ def write_summary(folder: Path, reference: str) -> None:
 
 
 _MAIN = (
+    "cost",
     "recovery",
     "AUROC",
     "specificity",
@@ -138,6 +139,7 @@ def results_section(values: pd.DataFrame, reference: str, drawn: dict[str, Any] 
     names, metrics = list(dict.fromkeys(values["method"])), [m for m in _MAIN if m in present(values)]
     yield f"\n## {values['task'].iloc[0]}\n\n{counted(values, drawn or {})}"
     yield f"\n{markdown(wide(means_of(values, metrics), names, metrics))}"
+    metrics = [metric for metric in metrics if metric not in NEUTRAL]
     less = differences_of(values, reference, metrics)
     if len(less):
         yield f"\nLess those of {method_label(reference)} on the same samples:"
@@ -148,7 +150,7 @@ def _told(about: dict[str, Any]) -> str:
     return (
         f"Weights {about['weights']}, {about['dtype']}, {about['steps']} groups of deletion, seed {about['seed']}, "
         f"version {about['version']}, torch {about['torch']}. Means with 95 % bootstrap intervals over samples. "
-        f"Better lower: {', '.join(LOWER)}; all others higher."
+        f"Better lower: {', '.join(LOWER)}; cost is in forward passes; all others better higher."
     )
 
 
