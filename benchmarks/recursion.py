@@ -31,7 +31,7 @@ from flashtrace_plugin import FlashTrace, Recursive, reasoner
 from flashtrace_plugin.evaluation.cases import Case
 from flashtrace_plugin.evaluation.drawing import ONE_OF_TWO, REASONER_TASKS, reasoner_cases
 from flashtrace_plugin.evaluation.run.contestants import Scorer, scorer, scorer_of
-from flashtrace_plugin.evaluation.run.runner import SAMPLE, run
+from flashtrace_plugin.evaluation.run.runner import SAMPLE, measure_cases
 from flashtrace_plugin.evaluation.tables import differences, markdown, means
 
 THINKING = [name for name in REASONER_TASKS if not name.startswith("direct")]
@@ -221,7 +221,7 @@ def main(
     if not cases:
         raise typer.BadParameter("the reasoner answered no sample right; draw more", param_hint="samples")
     with tempfile.TemporaryDirectory() as folder:
-        values = run(model, cases, scorers, out=lines or Path(folder) / "lines.jsonl")
+        values = measure_cases(model, cases, scorers, out=lines or Path(folder) / "lines.jsonl")
     text = document(values, list(scorers), list(chosen), {"samples": samples})
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(text, encoding="utf-8")

@@ -26,7 +26,7 @@ from flashtrace_plugin.evaluation.metrics import (
 from flashtrace_plugin.evaluation.metrics.likelihood import token_log_likelihood
 from flashtrace_plugin.evaluation.run.contestants import scorer
 from flashtrace_plugin.evaluation.run.measures import DELETIONS, GROUPS, KEPT, METRICS, NEUTRAL, Subject, measure
-from flashtrace_plugin.evaluation.run.runner import SAMPLE, run
+from flashtrace_plugin.evaluation.run.runner import SAMPLE, measure_cases
 from flashtrace_plugin.evaluation.tables import differences, means
 from flashtrace_plugin.methods.flashtrace import FlashTrace
 from tests.tiny import PAD, random_ids, tiny
@@ -210,15 +210,15 @@ def test_a_run_goes_on_where_it_was_killed(model, case, counted, tmp_path):
     pytest.importorskip("pandas")
     method, asked = counted
     cases, out = [case, replace(case, number=3)], tmp_path / "new" / "lines.jsonl"
-    first = run(model, cases, {"one": method, "two": method}, out=out, progress=False)
+    first = measure_cases(model, cases, {"one": method, "two": method}, out=out, progress=False)
     whole = out.read_bytes()
     out.write_bytes(whole[:-20])  # the last line is cut off
     asked.clear()
-    second = run(model, cases, {"one": method, "two": method}, out=out, progress=False)
+    second = measure_cases(model, cases, {"one": method, "two": method}, out=out, progress=False)
     assert asked == ["words/0/3/0"] and len(out.read_bytes().splitlines()) == 4
     timeless = [name for name in first if not name.startswith(("seconds", "cost"))]
     assert first[timeless].equals(second[timeless])
-    run(model, cases, {"one": method, "three": method}, out=out, progress=False)
+    measure_cases(model, cases, {"one": method, "three": method}, out=out, progress=False)
     assert asked == ["words/0/3/0", "words/0/2/0", "words/0/3/0"]
 
 
@@ -226,7 +226,7 @@ def test_tables_of_a_run(model, case, counted, tmp_path):
     pytest.importorskip("scipy")
     scorers = {"FlashTrace": scorer(FlashTrace(model)), "other": counted[0]}
     cases = [replace(case, number=n, other_evidence=(9,) if n else ()) for n in range(3)]
-    values = run(model, cases, scorers, out=tmp_path / "lines.jsonl", progress=False)
+    values = measure_cases(model, cases, scorers, out=tmp_path / "lines.jsonl", progress=False)
     metrics = [name for name in METRICS if name in values and name not in NEUTRAL]
     assert list(means(values, metrics).index) == ["FlashTrace", "other"]
     assert values["specificity"].isna().sum() == 2
@@ -236,23 +236,25 @@ def test_tables_of_a_run(model, case, counted, tmp_path):
 def test_a_failing_method_loses_nothing(model, case, counted, tmp_path):
     out = tmp_path / "lines.jsonl"
     with pytest.raises(InputError, match="prompt token 0 is -1"):
-        run(model, [case], {"good": counted[0], "bad": lambda c: -torch.ones(PROMPT)}, out=out, progress=False)
+        measure_cases(
+            model, [case], {"good": counted[0], "bad": lambda c: -torch.ones(PROMPT)}, out=out, progress=False
+        )
     assert [json.loads(line)["method"] for line in out.read_text().splitlines()] == ["good"]
 
 
 def test_files_of_other_runs_are_refused(model, case, counted, tmp_path):
     out, scorers = tmp_path / "lines.jsonl", {"one": counted[0]}
     pytest.importorskip("pandas")
-    run(model, [case], scorers, out=out, progress=False)
+    measure_cases(model, [case], scorers, out=out, progress=False)
     other = replace(case, target=Span(37, 40))
     with pytest.raises(InputError, match="another case named 'words/0/2/0'"):
-        run(model, [other], scorers, out=out, progress=False)
+        measure_cases(model, [other], scorers, out=out, progress=False)
     out.write_text(out.read_text().replace('"model": ""', '"model": "larger"'))
     with pytest.raises(InputError, match="results of the model 'larger'"):
-        run(model, [case], scorers, out=out, progress=False)
+        measure_cases(model, [case], scorers, out=out, progress=False)
     out.write_text('{"case": 1}\n')
     with pytest.raises(InputError, match=r"line 1 of .* is not a result"):
-        run(model, [case], scorers, out=out, progress=False)
+        measure_cases(model, [case], scorers, out=out, progress=False)
 
 
 @settings(max_examples=20, deadline=None)
@@ -261,10 +263,10 @@ def test_any_cut_of_the_file_is_survived(model, case, tmp_path_factory, cut):
     pytest.importorskip("pandas")
     out = tmp_path_factory.mktemp("cut") / "lines.jsonl"
     scorers = {name: lambda c: scores_of(7) for name in ("one", "two")}
-    run(model, [case], scorers, out=out, progress=False)
+    measure_cases(model, [case], scorers, out=out, progress=False)
     whole = out.read_bytes()
     out.write_bytes(whole[:cut])
-    assert list(run(model, [case], scorers, out=out, progress=False)["method"]) == ["one", "two"]
+    assert list(measure_cases(model, [case], scorers, out=out, progress=False)["method"]) == ["one", "two"]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import typer
 
 from flashtrace_plugin.evaluation.pages.choosing import choosing_page
 from flashtrace_plugin.evaluation.pages.results import results_page
-from flashtrace_plugin.evaluation.run.manifest import write_whole
+from flashtrace_plugin.evaluation.run.manifest import write_file
 
 
 def _pages(
@@ -21,7 +21,7 @@ def _pages(
 ) -> None:
     """Write docs/results.md and docs/choosing.md."""
     for name, page in (("results", results_page), ("choosing", choosing_page)):
-        write_whole(docs / f"{name}.md", page(folders, docs / "images"))
+        write_file(docs / f"{name}.md", page(folders, docs / "images"))
         typer.echo(docs / f"{name}.md")
 
 

@@ -11,7 +11,7 @@ import pandas as pd
 
 from flashtrace_plugin.evaluation.pages.papers import TABLES, PaperTable
 from flashtrace_plugin.evaluation.run.figures import write_figures
-from flashtrace_plugin.evaluation.run.manifest import read_manifest
+from flashtrace_plugin.evaluation.run.manifest import manifest_of
 from flashtrace_plugin.evaluation.run.suites import suite_of
 from flashtrace_plugin.evaluation.run.summary import read_run, results_section
 from flashtrace_plugin.evaluation.tables import cell, markdown
@@ -21,7 +21,7 @@ NOT_MEASURED = "not measured"
 
 def read_runs(folders: Iterable[Path]) -> pd.DataFrame:
     """The lines of several folders, with the suite of each; a line that two folders hold counts once."""
-    frames = [read_run(folder).assign(suite=read_manifest(folder)["suite"]) for folder in folders]
+    frames = [read_run(folder).assign(suite=manifest_of(folder)["suite"]) for folder in folders]
     return pd.concat(frames, ignore_index=True).drop_duplicates(["model", "case", "method"])
 
 
@@ -40,7 +40,7 @@ def _runs(folders: Sequence[Path]) -> str:
     """What was run, without the paths of this machine."""
     told = []
     for folder in folders:
-        about = read_manifest(folder)
+        about = manifest_of(folder)
         told.append(
             f"    flashtrace-plugin evaluate --suite {about['suite']} --model {about['model']} --seed {about['seed']}"
             f"   # weights {about['weights']}, {about['steps']} groups of deletion, torch {about['torch']}"

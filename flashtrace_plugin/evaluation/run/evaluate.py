@@ -23,7 +23,7 @@ from flashtrace_plugin.evaluation.drawing import case_source
 from flashtrace_plugin.evaluation.run.contestants import scorer_of
 from flashtrace_plugin.evaluation.run.draws import Shard, drawn_cases
 from flashtrace_plugin.evaluation.run.manifest import manifest, open_folder
-from flashtrace_plugin.evaluation.run.runner import digests, run
+from flashtrace_plugin.evaluation.run.runner import digests, measure_cases
 from flashtrace_plugin.evaluation.run.suites import Suite, suite_of
 from flashtrace_plugin.evaluation.run.summary import line_files, write_summary
 
@@ -92,7 +92,7 @@ def run_suite(
             for task, source in sources.items()
         ]
     )
-    run(
+    measure_cases(
         lm,
         _told(cases, len(names) * shard.wanted(wanted), progress),
         scorers,

@@ -33,7 +33,7 @@ def open_folder(folder: Path, wanted: Mapping[str, Any]) -> None:
     """
     path = folder / _NAME
     if path.exists():
-        known = read_manifest(folder)
+        known = manifest_of(folder)
         same = [key for key in {**known, **wanted} if key not in _WHERE]
         differ = [
             f"{key} {known.get(key)!r}, not {wanted.get(key)!r}" for key in same if known.get(key) != wanted.get(key)
@@ -43,10 +43,10 @@ def open_folder(folder: Path, wanted: Mapping[str, Any]) -> None:
         return
     if folder.is_dir() and any(folder.iterdir()):
         raise InputError(f"{folder} is not empty and holds no run ({_NAME} is missing); give another folder as out")
-    write_whole(path, json.dumps(wanted, indent=1) + "\n")
+    write_file(path, json.dumps(wanted, indent=1) + "\n")
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def manifest_of(folder: Path) -> dict[str, Any]:
     """Raises InputError for a folder that holds no run."""
     try:
         found = json.loads((folder / _NAME).read_text(encoding="utf-8"))
@@ -59,7 +59,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return found
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_file(path: Path, text: str) -> None:
     """Writes a file so that it is there whole or not at all. Raises InputError where it cannot be written."""
     work = path.with_name(f".{path.name}.part")
     try:

@@ -1,6 +1,6 @@
 """Measures methods on cases, one line of JSON for each as soon as it is known.
 
-values = run(model, cases, {"FlashTrace": scorer(FlashTrace(model))}, out=Path("results.jsonl"))
+values = measure_cases(model, cases, {"FlashTrace": scorer(FlashTrace(model))}, out=Path("results.jsonl"))
 means(values, METRICS);  differences(values, METRICS, "FlashTrace", sample=SAMPLE)         # from tables
 """
 
@@ -31,7 +31,7 @@ SAMPLE = ("task", "seed", "number", "answer")
 _NEEDED = ("case", "method", "digest", "model")
 
 
-def run(
+def measure_cases(
     model: Any,
     cases: Iterable[Case],
     scorers: Mapping[str, Scorer],
@@ -127,7 +127,7 @@ def _plain(value: Any) -> Any:
 
 
 def read_results(*files: Path) -> pd.DataFrame:
-    """The lines of files that :func:`run` wrote, a metric that was not defined for a case as nan."""
+    """The lines of files that :func:`measure_cases` wrote, a metric that was not defined for a case as nan."""
     try:
         import pandas
     except ImportError as error:

@@ -17,7 +17,7 @@ from flashtrace_plugin.evaluation.metrics.bootstrap import Estimate, bootstrap
 from flashtrace_plugin.evaluation.run.contestants import method_label
 from flashtrace_plugin.evaluation.run.draws import count_drawn
 from flashtrace_plugin.evaluation.run.figures import write_figures
-from flashtrace_plugin.evaluation.run.manifest import read_manifest, write_whole
+from flashtrace_plugin.evaluation.run.manifest import manifest_of, write_file
 from flashtrace_plugin.evaluation.run.measures import LOWER, METRICS, NEUTRAL
 from flashtrace_plugin.evaluation.run.runner import read_results
 from flashtrace_plugin.evaluation.tables import interval_text, markdown
@@ -37,7 +37,7 @@ def read_run(folder: Path) -> pd.DataFrame:
 
     Raises InputError for a folder that holds no run, or no line.
     """
-    read_manifest(folder)
+    manifest_of(folder)
     values = read_results(*line_files(folder))
     if not len(values):
         raise InputError(f"{folder} holds no results yet: no sample was usable; draw more, or take answers='forced'")
@@ -102,9 +102,9 @@ def write_summary(folder: Path, reference: str) -> None:
     """Writes the tables and figures of a run. Raises InputError where there is nothing, or no room."""
     values = read_run(folder)
     for name, frame in (("means", means_of(values)), ("differences", differences_of(values, reference))):
-        write_whole(folder / f"{name}.csv", frame.to_csv(index=False))
+        write_file(folder / f"{name}.csv", frame.to_csv(index=False))
     figures = write_figures(values, folder / "figures", reference)
-    write_whole(folder / "report.md", "\n".join(_report(folder, values, reference, figures)) + "\n")
+    write_file(folder / "report.md", "\n".join(_report(folder, values, reference, figures)) + "\n")
 
 
 _MAIN = (
@@ -122,7 +122,7 @@ _MAIN = (
 
 
 def _report(folder: Path, values: pd.DataFrame, reference: str, figures: Iterable[str]) -> Iterator[str]:
-    about = read_manifest(folder)
+    about = manifest_of(folder)
     yield f"# {about['model']}, suite {about['suite']}\n\n{_told(about)}"
     counts = count_drawn(sorted(folder.glob("samples-*.jsonl")))
     for answers, part in values.groupby("answers", sort=False):
