@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from flashtrace_plugin.cli.options import AttentionOption, DeviceOption, DtypeOption, PickleOption, RemoteCodeOption
 from flashtrace_plugin.errors import InputError
 
 _RUN = {"rich_help_panel": "Run"}
@@ -29,8 +30,11 @@ def evaluate_command(
     answers: Annotated[str | None, typer.Option(help="right, forced or wrong answers.")] = None,
     data: Annotated[list[str] | None, typer.Option(help="TASK=FILE of a data set; may be repeated.")] = None,
     shard: Annotated[str, typer.Option(help="i/n: the i-th of n parts, for n processes.", **_RUN)] = "1/1",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.", **_RUN)] = "auto",
-    device: Annotated[str | None, typer.Option(help="As torch names it.", **_RUN)] = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = None,
+    attn_implementation: AttentionOption = None,
+    trust_remote_code: RemoteCodeOption = False,
+    allow_pickle: PickleOption = False,
     progress: Annotated[bool, typer.Option(help="Tell how far it is.", **_RUN)] = True,
 ) -> None:
     """Measure how good explanations are. Can be killed at any moment; the same command goes on."""
@@ -52,6 +56,9 @@ def evaluate_command(
         progress=progress,
         dtype=dtype,
         device=device,
+        attn_implementation=attn_implementation,
+        trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle,
     )
     report = (folder / "report.md").read_text(encoding="utf-8")
     typer.echo(f"{report.partition(f'{chr(10)}## ')[0]}\n\nTables and figures: {folder / 'report.md'}")
