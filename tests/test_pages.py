@@ -82,7 +82,9 @@ def test_the_page_for_choosing(folder, tmp_path):
     page = choosing_page([folder], tmp_path / "images")
     assert (tmp_path / "images" / "choosing.png").is_file()
     assert re.search(r"\| recommended \| the default: .* \| [\d.]+ \| 0\.\d\d \(4\) \| not measured \|", page)
-    assert "| attention | no explanation, but free | not measured | not measured | not measured |" in page
+    assert (
+        "| attention | what a first look costs; no explanation | not measured | not measured | not measured |" in page
+    )
 
 
 def test_the_command(folder, tmp_path):

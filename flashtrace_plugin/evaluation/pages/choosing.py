@@ -14,16 +14,16 @@ from flashtrace_plugin.evaluation.run.contestants import method_label
 from flashtrace_plugin.evaluation.run.figures import cost_figure, save
 
 _ADVICE = {
-    "recommended": "the default: finds the evidence of *this* answer, on every model measured",
+    "recommended": "the default: finds the evidence, and that of *this* answer",
     "lrp": "signed relevance; good on traces of reasoning",
-    "flashtrace": "the paper's setting: cheapest by far, long texts; about the whole generation more than one answer",
+    "flashtrace": "the paper's setting: cheap on the longest texts; tells little of one answer among several",
     "flashtrace:recursion=prompt": "as cheap, better at sentences of evidence in long prompts",
     "flashtrace:positions=predicting:hops=4": "as cheap, more specific where an answer is one token",
     "leave_one_out": "the yardstick of deletion; a forward pass for every token",
     "attribot": "the same at a fraction of its cost",
     "heta:curvature=gradient_squared": "a direct answer without reasoning; a masked pass for every token",
     "alti": "rollout; only where attention parks nowhere",
-    "attention": "no explanation, but free",
+    "attention": "what a first look costs; no explanation",
     "random": "the floor",
 }
 """The rows of the table, and what each is for."""

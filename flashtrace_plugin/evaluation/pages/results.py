@@ -98,7 +98,8 @@ def _measured(values: pd.DataFrame, tasks: Sequence[str], metric: str) -> str:
 _INTRODUCTION = """\
 # Which method finds the evidence
 
-Written on {date} by `python -m flashtrace_plugin.evaluation.pages` from what these commands measured:
+Written on {date} by `python -m flashtrace_plugin.evaluation.pages` from what these commands measured so far, with the
+counts and methods that each section tells:
 
 {runs}
 

@@ -95,7 +95,17 @@ def wide(rows: pd.DataFrame, methods: Sequence[str], metrics: Sequence[str]) -> 
     columns = {
         metric: [cells.get((name, metric), interval_text(math.nan, 0, 0, 0)) for name in methods] for metric in metrics
     }
-    return pd.DataFrame(columns, index=pd.Index([method_label(name) for name in methods], name="method"))
+    return pd.DataFrame(columns, index=pd.Index(_counted_labels(rows, methods), name="method"))
+
+
+def _counted_labels(rows: pd.DataFrame, methods: Sequence[str]) -> list[str]:
+    """Names for readers; a method of fewer samples than the others says how many it has."""
+    counts = (rows["n"] + rows["undefined"]).groupby(rows["method"]).max()
+    most = counts.max()
+    return [
+        method_label(name) + (f" (n = {counts.get(name, 0)})" if counts.get(name, 0) < most else "")
+        for name in methods
+    ]
 
 
 def write_summary(folder: Path, reference: str) -> None:
