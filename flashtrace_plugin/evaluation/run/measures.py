@@ -173,7 +173,7 @@ def _flow(subject: Subject, scores: Tensor, given: Scores) -> dict[str, Any]:
     if not isinstance(given, Attribution):
         return {}
     rho = [float(x) for x in given.reasoning_mass]
-    by_hop = dict(zip(RHO, rho)) if subject.case.reasoning is not None else {}
+    by_hop = dict(zip(_RHO, rho)) if subject.case.reasoning is not None else {}
     return {"rho": rho, "mass": mass_by_hop(given)} | by_hop
 
 
@@ -207,10 +207,10 @@ _HIGHER = (
     "Intervention@5",
 )
 LOWER = ("RISE", "MAS", "RISE of the answer", "MAS of the answer", "misattribution", "sensitivity")
-RHO = tuple(f"rho, hop {hop}" for hop in range(5))
+_RHO = tuple(f"rho, hop {hop}" for hop in range(5))
 """Share of each hop's mass that lies on the reasoning, where there is one (FlashTrace, Eq. 11)."""
 
-NEUTRAL = ("cost", "seconds", "ceiling", *RHO)
+NEUTRAL = ("cost", "seconds", "ceiling", *_RHO)
 METRICS = (*_HIGHER, *LOWER, *NEUTRAL)
 """Names of what tables show: better higher; those of ``LOWER`` better lower; those of ``NEUTRAL`` neither."""
 
