@@ -1,6 +1,6 @@
 """Peak memory and time of FlashTrace beyond the model's own forward pass, each in a process of its own.
 
-    python -m benchmarks.memory [length]
+    python -m benchmarks.memory [length [family ...]]
 
 Shapes: 8 query heads, d = 256, 4 layers, float32; grouped-query attention, a sliding window, mixture of experts.
 """
@@ -22,10 +22,22 @@ SHAPE = {
     "max_position_embeddings": 1 << 17,
     "pad_token_id": 0,
 }
+KINDS = ["linear_attention", "linear_attention", "linear_attention", "full_attention"]
+LINEAR = {
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+}
+MAMBA2 = {"ssm_state_size": 64, "mamba_num_heads": 8, "mamba_head_dim": 64, "n_groups": 4}
 FAMILIES = {
     "llama": ("LlamaConfig", {}),
     "mistral": ("MistralConfig", {"sliding_window": 512}),
     "qwen3_moe": ("Qwen3MoeConfig", {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 128}),
+    "qwen3_5_text": ("Qwen3_5TextConfig", {"head_dim": 32, "layer_types": KINDS} | LINEAR),
+    "nemotron_h": ("NemotronHConfig", {"head_dim": 32, "layers_block_type": ["linear_attention", "mlp"] * 2} | MAMBA2),
+    "falcon_h1": ("FalconH1Config", {"mamba_d_ssm": 512, "mamba_n_heads": 8, "mamba_d_head": 64, "mamba_d_state": 64}),
+    "lfm2": ("Lfm2Config", {"layer_types": ["conv", "conv", "full_attention", "conv"]}),
     "gemma3_text": ("Gemma3TextConfig", {"head_dim": 32, "sliding_window": 512}),
 }
 PARTS = ("forward", "target of 64", "half of all")
@@ -72,7 +84,7 @@ def _peak() -> float:
 def main() -> None:
     length = int(sys.argv[1]) if len(sys.argv) > 1 else 4096
     print(f"N = {length}   MiB beyond the forward pass, time in forward passes")
-    for family in FAMILIES:
+    for family in sys.argv[2:] or FAMILIES:
         found = {}
         for part in PARTS:
             code = f"from benchmarks.memory import measure; measure({family!r}, {part!r}, {length})"

@@ -40,6 +40,9 @@ Every row is a random model of three layers in float32, all of whose parameters 
 What follows a colon names a second layout of the same family. Multimodal models in this table are run on token ids
 alone, as text.
 
+Layers without softmax attention (linear attention, state space models, convolutions) have coefficients in the place of
+a pattern; the reference forms them from the recurrence's formula ([hybrids.md](hybrids.md)).
+
 FlashTrace, IFR and RecursiveAttribution read every row. LRP conserves relevance in every row but those that are
 refused below (`tests/test_relevance_core.py`), and HETA runs wherever a model is a function of its embeddings.
 [loading.md](loading.md) says what a model may be loaded with; [adding-a-family.md](adding-a-family.md) how to add one.
@@ -62,14 +65,20 @@ Any model type that is not in the table is refused by name. So are encoder-decod
 head, and sequences that begin with padding; Gemma 4's assistants because they read another model's keys and values.
 """
 
+_NO_SOFTMAX = "has no softmax attention|mixes tokens by something else beside its attention"
 _UNKNOWN, _NO_VALUES = "Unsupported architecture", "no hook point blocks.1.attn.hook_v"
 NOT_BOOTED = {
     "aria_text": _UNKNOWN,
+    "bailing_hybrid": _UNKNOWN,
+    "bamba": _NO_SOFTMAX,
     "cohere2_moe": _UNKNOWN,
     "cwm": _UNKNOWN,
     "dots1": _UNKNOWN,
     "exaone_moe": _UNKNOWN,
     "falcon:40b": "split_with_sizes",
+    "falcon_h1": _NO_SOFTMAX,
+    "falcon_h1:norm": _NO_SOFTMAX,
+    "falcon_mamba": _NO_SOFTMAX,
     "flint": _UNKNOWN,
     "fuyu": _UNKNOWN,
     "gemma4": _NO_VALUES,
@@ -81,29 +90,42 @@ NOT_BOOTED = {
     "granite_swa": _UNKNOWN,
     "granitemoe_swa": _UNKNOWN,
     "granitemoe_swa:routed": _UNKNOWN,
+    "granitemoehybrid": "Original component not set for model.rotary_emb",
+    "granitemoehybrid:dense": "Original component not set for model.rotary_emb",
     "granitemoeshared": _UNKNOWN,
     "helium": _UNKNOWN,
     "hunyuan_v1_moe": _UNKNOWN,
     "hy_v3": _UNKNOWN,
+    "jamba": _NO_SOFTMAX,
+    "kimi_linear": _UNKNOWN,
     "kolibri1": _UNKNOWN,
+    "lfm2": _NO_SOFTMAX,
+    "lfm2_moe": _NO_SOFTMAX,
+    "lfm3": _UNKNOWN,
+    "lfm3:plain": _UNKNOWN,
+    "mamba": _NO_SOFTMAX,
+    "mamba2": _NO_SOFTMAX,
     "mellum": _UNKNOWN,
     "mimo_v2_flash": _UNKNOWN,
     "minimax_m3_vl_text": _UNKNOWN,
     "ministral": _UNKNOWN,
     "moshi": _UNKNOWN,
+    "nemotron_h": _NO_SOFTMAX,
+    "olmo_hybrid": _NO_SOFTMAX,
     "persimmon": _UNKNOWN,
     "phi4_multimodal": _UNKNOWN,
+    "qwen3_5_moe_text:hybrid": _NO_SOFTMAX,
+    "qwen3_5_text:hybrid": _NO_SOFTMAX,
+    "qwen3_next:hybrid": _NO_SOFTMAX,
     "solar_open": _UNKNOWN,
 }
 """Families that TransformerLens 4.3 does not boot, or without what is needed, and the reason."""
 
-HYBRID = {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
 SPARSE = {"layer_types": ["full_attention", "minimax_m3_sparse", "full_attention"], "index_n_heads": 2}
 NO_LRP = ("gemma4_text", "gemma4_text:shared")
 """Families that LRP refuses."""
 REFUSED = {
-    "qwen3_next with linear attention": ("qwen3_next", HYBRID, FlashTrace),
-    "qwen3_5_text with linear attention": ("qwen3_5_text", HYBRID, FlashTrace),
+    "lfm2 with a bias in its convolution": ("lfm2", {"conv_bias": True}, FlashTrace),
     "opt with do_layer_norm_before=False": ("opt", {"do_layer_norm_before": False}, FlashTrace),
     "bloom with its residual after the norm": (
         "bloom",
@@ -194,13 +216,23 @@ def _sources(family: str) -> str:
 
 def _block(layout: Layout) -> str:
     """The layout in words."""
-    parts = ["parallel" if layout.mid is None else "sequential"]
+    parts = ["mixer or MLP alone" if not layout.mlp else "parallel" if layout.mid is None else "sequential"]
     parts += ["norm after attention"] if layout.post_norm else []
     parts += ["residual multiplier"] if layout.multiplier else []
     parts += ["stream scaled at its end"] if layout.out_scale else []
     parts += ["gated heads"] if layout.gate else []
-    parts += ["attention of its own"] if layout.reader else []
+    kinds = {repr(one.reader).partition(".")[2]: one for one in (layout, *layout.others, *layout.mixers) if one.reader}
+    parts += [_RECURRENCES[kind] for kind in kinds if kind in _RECURRENCES]
+    parts += ["attention of its own"] if not kinds.keys() <= _RECURRENCES.keys() else []
     return ", ".join(parts)
+
+
+_RECURRENCES = {
+    "DELTA_RULE": "delta rule",
+    "MAMBA2": "Mamba-2",
+    "MAMBA": "Mamba-1",
+    "CONVOLUTION": "short convolution",
+}
 
 
 def _refused() -> str:

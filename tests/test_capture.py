@@ -246,9 +246,10 @@ def test_a_module_of_two_layers_is_refused(part):
     assert attributed(model).closure_error < 1e-5
 
 
-def test_linear_attention_layers_are_refused():
-    model = tiny("qwen3_next", layer_types=["full_attention", "linear_attention", "full_attention"])
-    with pytest.raises(UnsupportedModelError, match=r"qwen3_next, layer 1 has no 'self_attn', only linear_attn"):
+def test_a_recurrence_of_two_layers_is_refused():
+    model = tiny("qwen3_next:hybrid")
+    model.model.layers[2].linear_attn = model.model.layers[0].linear_attn
+    with pytest.raises(UnsupportedModelError, match="layer 2 shares its 'linear_attn' with layer 0"):
         attributed(model)
 
 

@@ -252,6 +252,11 @@ def test_attention_that_chooses_its_keys_is_refused(blocks):
         ("olmo3", "exaone4: Layout(mid='mlp', mlp='post_feedforward_layernorm', post_norm="),
         ("granitemoe_swa", "granitemoeshared: Layout(mlp=('block_sparse_moe', 'shared_mlp'), multiplier="),
         ("qwen3_next", "qwen3_5_moe_text: Layout(gate='self_attn.q_proj')"),
+        (
+            "qwen3_next:hybrid",
+            "qwen3_5_moe_text: Layout(gate='self_attn.q_proj', others=(Layout(attn='linear_attn', "
+            "W_O='linear_attn.out_proj', reader=recurrence.DELTA_RULE),))",
+        ),
         ("gpt2", "gpt2: Layout(blocks='transformer.h', attn='attn', W_O='attn.c_proj', mid='ln_2')"),
         ("fuyu", "persimmon: Layout(blocks='model.language_model.layers', W_O='self_attn.dense')"),
     ],
@@ -265,7 +270,8 @@ def test_an_unknown_family_is_told_whose_layouts_fit(family, first):
 
 
 def test_no_layout_is_offered_that_does_not_fit_every_layer():
-    model = tiny("qwen3_next", layer_types=["full_attention", "linear_attention", "full_attention"])
+    model = tiny("qwen3_next")
+    del model.model.layers[1].self_attn
     model.config.model_type = "mine"
     with pytest.raises(UnsupportedModelError, match="If its block is built like one of these"):
         FlashTrace(model).attribute_ids(IDS, **SPANS)

@@ -67,6 +67,54 @@ FALCON_40B = {"new_decoder_architecture": True, "num_kv_heads": 2}
 FALCON_RW = {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True, "num_kv_heads": 4}
 GRANITE = GATED | {"residual_multiplier": 0.3, "attention_multiplier": 0.4, "embedding_multiplier": 3.0}
 FULL = {"layer_types": ["full_attention"] * 3}
+LINEAR = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 10,
+    "linear_conv_kernel_dim": 3,
+}
+KINDS = {"layer_types": LINEAR["layer_types"]}
+MAMBA2 = {
+    "mamba_n_heads": 4,
+    "mamba_d_head": 16,
+    "mamba_n_groups": 2,
+    "mamba_d_state": 8,
+    "mamba_d_conv": 3,
+    "mamba_chunk_size": 16,
+    "time_step_limit": (0.3, 1.5),
+}
+MAMBA = {"state_size": 8, "conv_kernel": 3, "use_associative_scan": False, "time_step_rank": 4}
+FALCON_H1 = {
+    "attention_out_multiplier": 0.6,
+    "ssm_out_multiplier": 1.4,
+    "ssm_multipliers": [0.7, 1.3, 0.8, 1.2, 0.9],
+    "mamba_n_heads": 6,
+    "mamba_d_head": 10,
+    "mamba_d_ssm": 60,
+    "mlp_multipliers": [0.8, 4.0],
+    "ssm_in_multiplier": 0.7,
+    "attention_in_multiplier": 1.2,
+    "key_multiplier": 0.8,
+}
+JAMBA = {"mamba_d_state": 8, "mamba_d_conv": 3, "mamba_dt_rank": 4, "attn_layer_period": 3, "attn_layer_offset": 1}
+LFM3 = {"layer_types": ["conv", "full_attention", "sliding_attention"], "conv_L_cache": 3}
+CONV = {"layer_types": ["conv", "full_attention", "conv"], "conv_L_cache": 3}
+NEMOTRON_H = {
+    "layers_block_type": ["linear_attention", "mlp", "full_attention", "moe", "linear_attention"],
+    "ssm_state_size": 8,
+    "mamba_num_heads": 6,
+    "mamba_head_dim": 10,
+    "n_groups": 2,
+    "conv_kernel": 3,
+    "chunk_size": 16,
+    "n_routed_experts": 4,
+    "moe_intermediate_size": 24,
+    "moe_shared_expert_intermediate_size": 24,
+    "num_hidden_layers": 5,
+}
+KIMI = {"linear_num_heads": 3, "linear_head_dim": 10, "linear_conv_kernel_dim": 3}
 ALTERNATING = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
 GRANITE_SWA = GRANITE | ALTERNATING | {"sliding_window": 8, "layer_rope_theta": [1e4, 0, 1e3]}
@@ -101,6 +149,11 @@ FAMILIES = {
     "apertus": ("ApertusConfig", GATED),
     "arcee": ("ArceeConfig", GATED),
     "aria_text": ("AriaTextConfig", GATED | {"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1}),
+    "bailing_hybrid": (
+        "BailingHybridConfig",
+        MLA | KINDS | {"linear_num_heads": 4, "head_dim": 10, "short_conv_kernel_size": 3, "num_local_experts": 4},
+    ),
+    "bamba": ("BambaConfig", GATED | MAMBA2 | {"attn_layer_indices": [1]}),
     "bloom": ("BloomConfig", {}),
     "codegen": ("CodeGenConfig", GPT2 | {"rotary_dim": 4}),
     "cohere": ("CohereConfig", GATED | {"use_qk_norm": True}),
@@ -129,6 +182,9 @@ FAMILIES = {
     "falcon": ("FalconConfig", EAGER),
     "falcon:40b": ("FalconConfig", EAGER | FALCON_40B),
     "falcon:alibi": ("FalconConfig", EAGER | FALCON_RW),
+    "falcon_h1": ("FalconH1Config", GATED | MAMBA2 | FALCON_H1),
+    "falcon_h1:norm": ("FalconH1Config", GATED | MAMBA2 | FALCON_H1 | {"mamba_rms_norm": True}),
+    "falcon_mamba": ("FalconMambaConfig", MAMBA),
     "flex_olmo": ("FlexOlmoConfig", GATED | EXPERTS),
     "flint": ("FlintConfig", WIDE_WINDOW | ALTERNATING | QWEN_MOE | SHARED_EXPERT | {"mlp_only_layers": [1]}),
     "fuyu": ("FuyuConfig", {"text_config": COMMON | {"model_type": "persimmon", "intermediate_size": 48}}),
@@ -160,6 +216,14 @@ FAMILIES = {
     "granitemoe": ("GraniteMoeConfig", GRANITE | TWO_OF_FOUR),
     "granitemoe_swa": ("GraniteMoeSWAConfig", GRANITE_SWA | TWO_OF_FOUR | {"shared_intermediate_size": 24}),
     "granitemoe_swa:routed": ("GraniteMoeSWAConfig", GRANITE_SWA | TWO_OF_FOUR),
+    "granitemoehybrid": (
+        "GraniteMoeHybridConfig",
+        GRANITE | MAMBA2 | KINDS | TWO_OF_FOUR | {"shared_intermediate_size": 24},
+    ),
+    "granitemoehybrid:dense": (
+        "GraniteMoeHybridConfig",
+        GRANITE | MAMBA2 | KINDS | {"num_local_experts": 0, "shared_intermediate_size": 24},
+    ),
     "granitemoeshared": ("GraniteMoeSharedConfig", GRANITE | TWO_OF_FOUR | {"shared_intermediate_size": 24}),
     "helium": ("HeliumConfig", GATED | {"head_dim": 8}),
     "hunyuan_v1_dense": ("HunYuanDenseV1Config", WIDE),
@@ -168,9 +232,17 @@ FAMILIES = {
     "internlm3": ("InternLM3Config", WIDE),
     "iquestcoder": ("IQuestCoderConfig", WIDE),
     "jais2": ("Jais2Config", WIDE),
+    "jamba": ("JambaConfig", GATED | JAMBA | TWO_OF_FOUR),
+    "kimi_linear": ("KimiLinearConfig", KIMI | KINDS | MLA | {"num_local_experts": 4, "q_lora_rank": None}),
     "kolibri1": ("Kolibri1Config", WIDE_WINDOW | ALTERNATING | QWEN_MOE | SHARED_EXPERT),
+    "lfm2": ("Lfm2Config", GATED | CONV),
+    "lfm3": ("Lfm3Config", WIDE_WINDOW | LFM3),
+    "lfm3:plain": ("Lfm3Config", WIDE_WINDOW | LFM3 | {"use_sandwich_norm": False, "use_attention_gate": False}),
+    "lfm2_moe": ("Lfm2MoeConfig", GATED | CONV | QWEN_MOE | {"num_dense_layers": 1}),
     "llama": ("LlamaConfig", GATED),
     "llama4_text": ("Llama4TextConfig", LLAMA4),
+    "mamba": ("MambaConfig", MAMBA),
+    "mamba2": ("Mamba2Config", MAMBA | {"num_heads": 4, "head_dim": 16, "n_groups": 2, "chunk_size": 16}),
     "mellum": (
         "MellumConfig",
         WIDE_WINDOW | ALTERNATING | QWEN_MOE | {"mlp_layer_types": ["dense", "sparse", "sparse"]},
@@ -189,9 +261,11 @@ FAMILIES = {
     "mpt": ("MptConfig", {"attn_config": {"clip_qkv": 0.5}}),
     "nanochat": ("NanoChatConfig", GATED),
     "nemotron": ("NemotronConfig", WIDE),
+    "nemotron_h": ("NemotronHConfig", WIDE | NEMOTRON_H),
     "olmo": ("OlmoConfig", GATED | {"clip_qkv": 0.5}),
     "olmo2": ("Olmo2Config", GATED),
     "olmo3": ("Olmo3Config", WINDOW),
+    "olmo_hybrid": ("OlmoHybridConfig", GATED | LINEAR),
     "olmoe": ("OlmoeConfig", GATED | {"num_experts": 4, "num_experts_per_tok": 2}),
     "opt": ("OPTConfig", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
     "persimmon": ("PersimmonConfig", {"intermediate_size": 48}),
@@ -203,9 +277,12 @@ FAMILIES = {
     "qwen2_moe": ("Qwen2MoeConfig", GATED | QWEN_MOE | SHARED_EXPERT),
     "qwen3": ("Qwen3Config", WIDE),
     "qwen3_5_moe_text": ("Qwen3_5MoeTextConfig", WIDE | FULL | QWEN_MOE | SHARED_EXPERT),
+    "qwen3_5_moe_text:hybrid": ("Qwen3_5MoeTextConfig", WIDE | LINEAR | QWEN_MOE | SHARED_EXPERT),
     "qwen3_5_text": ("Qwen3_5TextConfig", WIDE | FULL),
+    "qwen3_5_text:hybrid": ("Qwen3_5TextConfig", WIDE | LINEAR),
     "qwen3_moe": ("Qwen3MoeConfig", WIDE | QWEN_MOE),
     "qwen3_next": ("Qwen3NextConfig", WIDE | FULL | QWEN_MOE | SHARED_EXPERT),
+    "qwen3_next:hybrid": ("Qwen3NextConfig", WIDE | LINEAR | QWEN_MOE | SHARED_EXPERT),
     "seed_oss": ("SeedOssConfig", WIDE | {"residual_dropout": 0.0}),
     "smollm3": ("SmolLM3Config", GATED | {"no_rope_layer_interval": 2}),
     "solar_open": ("SolarOpenConfig", WIDE | DEEPSEEK_MOE),

@@ -24,6 +24,7 @@ from tests.tiny import (
     FAMILIES,
     GATED,
     GRANITE,
+    LINEAR,
     MLA,
     QWEN_MOE,
     VOCAB_SIZE,
@@ -157,7 +158,7 @@ TYPES = {
     "qwen2_5_omni_thinker": Tiny(QWEN2_VL),
     "qwen2_5_vl": Tiny(QWEN2_VL),
     "qwen2_vl": Tiny(QWEN2_VL, {"hidden_size": 32}),
-    "qwen3_5": Tiny(),
+    "qwen3_5": Tiny(WIDE | LINEAR),
     "qwen3_5_moe": Tiny(),
     "qwen3_omni_moe_thinker": Tiny(QWEN3_VL | QWEN_MOE),
     "qwen3_vl": Tiny(QWEN3_VL, DEEPSTACK),
@@ -263,6 +264,7 @@ UNREAD = {
     **dict.fromkeys(
         ("fast_vlm", "perception_lm"), "not tested: it needs timm; its text model's layout is found by the same rule"
     ),
+    **dict.fromkeys(("lfm2_vl", "lfm3_vl", "nemotron_h_omni"), "not tested; its text model is read"),
     **dict.fromkeys(("cohere_compass", "deepseek_ocr2", "granite4_vision"), "its text model is in no table yet"),
 }
 """Types of transformers' mapping that are refused or not tested; the table of layouts tells why others are."""

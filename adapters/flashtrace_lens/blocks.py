@@ -142,7 +142,13 @@ def _refuse(bridge: Any, index: int, module: Any) -> None:
         kinds = ", ".join(sorted(getattr(module, "submodules", {}))) or type(module).__name__
         raise UnsupportedModelError(
             f"layer {index} of {_class(bridge)} has no softmax attention ({kinds}), so there is no pattern to follow; "
-            "models with linear-attention or state-space layers cannot be attributed through hook points"
+            "models with linear-attention or state-space layers cannot be attributed through hook points; attribute "
+            "the Hugging Face model itself"
+        )
+    if "mamba" in module._modules:
+        raise UnsupportedModelError(
+            f"layer {index} of {_class(bridge)} mixes tokens by something else beside its attention, which has no "
+            "hook points that would tell what it reads; attribute the Hugging Face model itself"
         )
 
 

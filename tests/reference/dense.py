@@ -68,8 +68,29 @@ def contributions(layer: DenseLayer, w: Tensor) -> Tensor:
     Where heads are gated, every channel has a flow of its own: c^h_j = sum_i w_i A^h_ij (v^h_j * gate^h_i) W_O^h.
 
     w       [N]
-    returns [H, N, d]
+    returns [H, N, d]; the heads of a second mixer come after those of the first
     """
+    each = recurrent_contributions if layer.pattern.dim() == 4 else attention_contributions
+    c = each(layer, w)
+    return c if layer.beside is None else torch.cat([c, contributions(layer.beside, w)])
+
+
+def recurrent_contributions(layer: DenseLayer, w: Tensor) -> Tensor:
+    """c^h_j = sum_i w_i (c^h_ij gate^h_i v^h_j) W_O^h, with coefficients that may differ by channel."""
+    heads, length, width = layer.v.shape
+    c = torch.zeros(heads, length, layer.resid_pre.shape[1], dtype=torch.float64)
+    for head in range(heads):
+        for j in range(length):
+            read = torch.zeros(width, dtype=torch.float64)
+            for i in range(j, length):
+                factor = w[i] * layer.scale[i]
+                read += factor * layer.pattern[head, i, j] * layer.gate[head, i] * layer.v[head, j]
+            c[head, j] = (read @ layer.W_O[head]) * layer.gain
+    return c
+
+
+def attention_contributions(layer: DenseLayer, w: Tensor) -> Tensor:
+    """See `contributions`."""
     flow = weighted_flow(layer.pattern, w * layer.scale)
     c = torch.zeros(*flow.shape, layer.resid_pre.shape[1], dtype=torch.float64)
     for head in range(flow.shape[0]):
@@ -88,6 +109,8 @@ def one_hop(layers: list[DenseLayer], w: Tensor) -> OneHop:
     """
     w = torch.as_tensor(w, dtype=torch.float64)
     rows = [_layer_shares(layer, w) for layer in layers]
+    most = max(len(row[1]) for row in rows)  # layers with fewer heads have zeros for those they lack
+    rows = [(t, torch.cat([h, h.new_zeros(most - len(h))]), r, m) for t, h, r, m in rows]
     token, head, residual, mlp = (torch.stack(column) for column in zip(*rows, strict=True))
     return OneHop(token, head, residual, mlp, alpha=token.sum(0))
 

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from tests.reference import recurrences
+
 CLOSURE_TOLERANCE = 1e-5
 
 
@@ -25,12 +27,14 @@ class DenseLayer:
     """Everything one layer did to one sequence, float64.
 
     resid_pre, resid_mid, resid_post, mlp_out   [N, d]
-    pattern                                     [H, N, N]   row i attends to column j
+    pattern                                     [H, N, N]   row i attends to column j; [H, N, N, 1 or d_h] are the
+                                                            coefficients of a recurrence, also by channel
     v                                           [H, N, d_h] what head h reads, KV heads repeated
     W_O, b_O                                    [H, d_h, d], [d]
     gain, scale                                 [d], [N]    the norm after W_O; ones if there is none
     gate                                        [H, N, d_h] multiplies what row i has read; None if there is none
     out_scale                                   multiplies the stream at the end: resid_post = (mid + mlp) * out_scale
+    beside                                      a second mixer that writes at the same place: its pattern, v, W_O, gate
     """
 
     resid_pre: Tensor
@@ -45,6 +49,7 @@ class DenseLayer:
     scale: Tensor = None
     gate: Tensor = None
     out_scale: float = 1.0
+    beside: DenseLayer | None = None
 
     def __post_init__(self):
         positions, width = self.resid_pre.shape
@@ -132,6 +137,11 @@ class Family:
     hidden_sinks: bool = False  # eager attention gives its patterns before the sinks take their part
     out_scale: str | None = None  # buffer of the block that multiplies the stream at the end
     values_of: Callable[[Any, int], int] = lambda config, layer: layer  # the layer whose values a layer reads
+    head_gate: str | None = None  # a projection to one gate per head
+    mixer: str | None = None  # a mixer without softmax, in blocks that have one; read by `recurrences`
+    mixer_output: str = "out_proj"
+    scales: tuple[str, str] | None = None  # fields of the configuration that multiply attention and that mixer
+    alone: bool = False  # a block is a mixer or an MLP at the same place, and nothing else
 
 
 LLAMA = Family()
@@ -142,6 +152,20 @@ NORMED = {"post_norm": "post_attention_layernorm", "mlp_out": ("post_feedforward
 SANDWICH = Family(mid="pre_feedforward_layernorm", unit_offset=True, **NORMED)
 POST_NORM = Family(mid="mlp", **NORMED)
 GATED = Family(gate=True)
+QWEN_NEXT = Family(gate=True, mixer="linear_attn")
+KIMI = Family(values="self_attn.kv_b_proj", split=latent, mixer="self_attn", mixer_output="o_proj")
+FEED_FORWARD = {"mid": "pre_ff_layernorm", "mlp_out": ("feed_forward",), "mixer": "mamba"}
+LFM2 = Family(output="self_attn.out_proj", mid="ffn_norm", mlp_out=("feed_forward",), mixer="conv")
+NEMOTRON_H = Family(
+    attention="mixer",
+    values="mixer.v_proj",
+    output="mixer.o_proj",
+    mid=None,
+    mlp_out=("mixer",),
+    mixer="mixer",
+    alone=True,
+)
+MAMBA = replace(NEMOTRON_H, blocks="backbone.layers")
 GRANITE = Family(scale="residual_multiplier")
 GRANITE_SWA = replace(GRANITE, hidden_sinks=True)
 GLM4 = Family(post_norm="post_self_attn_layernorm", mlp_out=("post_mlp_layernorm",))
@@ -172,6 +196,8 @@ FALCON = replace(BLOOM, mlp_out=("mlp",))
 
 FAMILIES = {
     "apertus": replace(LLAMA, mid="feedforward_layernorm"),
+    "bailing_hybrid": replace(KIMI, head_gate="self_attn.g_proj"),
+    "bamba": Family(**FEED_FORWARD),
     "bloom": BLOOM,
     "codegen": replace(GPTJ, values="attn.qkv_proj", split=codegen),
     "cohere": PARALLEL,
@@ -180,6 +206,8 @@ FAMILIES = {
     "deepseek_v2": LATENT,
     "deepseek_v3": LATENT,
     "exaone4": POST_NORM,
+    "falcon_h1": Family(**FEED_FORWARD, scales=("attention_out_multiplier", "ssm_out_multiplier")),
+    "falcon_mamba": MAMBA,
     "flex_olmo": POST_NORM,
     "gemma2": SANDWICH,
     "gemma3_text": SANDWICH,
@@ -198,9 +226,15 @@ FAMILIES = {
     "granitemoe": replace(GRANITE, mlp_out=("block_sparse_moe",)),
     "granitemoeshared": replace(GRANITE, mlp_out=("block_sparse_moe", "shared_mlp")),
     "hyperclovax": GRANITE,
+    "jamba": Family(**FEED_FORWARD),
+    "kimi_linear": KIMI,
     "kolibri1": GLM4,
+    "lfm2": LFM2,
+    "lfm2_moe": LFM2,
     "llama4_text": replace(LLAMA, mlp_out=("feed_forward",)),
     "kosmos_2_5_text_model": Family(output="self_attn.out_proj", mid="final_layer_norm", mlp_out=("ffn",)),
+    "mamba": MAMBA,
+    "mamba2": MAMBA,
     "mimo_v2_flash": replace(LLAMA, split=scaled),
     "mistral4": LATENT,
     "moshi": replace(LLAMA, output="self_attn.o_proj.linear"),
@@ -213,6 +247,7 @@ FAMILIES = {
         mid="norm_2",
         mlp_out=("ffn.down_proj",),
     ),
+    "nemotron_h": NEMOTRON_H,
     "olmo": replace(LLAMA, split=clipped),
     "olmo2": POST_NORM,
     "olmo3": POST_NORM,
@@ -223,9 +258,9 @@ FAMILIES = {
     "phi": replace(PARALLEL, output="self_attn.dense"),
     "phi3": FUSED,
     "phi4_multimodal": FUSED,
-    "qwen3_5_moe_text": GATED,
-    "qwen3_5_text": GATED,
-    "qwen3_next": GATED,
+    "qwen3_5_moe_text": QWEN_NEXT,
+    "qwen3_5_text": QWEN_NEXT,
+    "qwen3_next": QWEN_NEXT,
     "vaultgemma": replace(LLAMA, mid="pre_feedforward_layernorm"),
 }
 
@@ -235,22 +270,33 @@ def family_of(config: Any) -> Family:
     text = config.get_text_config()
     if text is not config:
         return replace(family_of(text), blocks=BESIDE.get(config.model_type, INNER))
-    if config.model_type == "falcon":
-        return _falcon(config)
-    if config.model_type == "gpt_neox":
-        return replace(NEOX, mid=None) if config.use_parallel_residual else NEOX
-    if config.model_type.startswith("gemma4"):
-        return _gemma4(config)
-    if config.model_type == "granitemoe_swa":
-        shared = ["shared_mlp"] if config.shared_intermediate_size else []
-        return replace(GRANITE_SWA, mlp_out=("block_sparse_moe", *shared))
-    if config.model_type == "gpt_bigcode":
-        return replace(GPT2, split=last_head if config.multi_query else interleaved)
-    if config.model_type == "hyperclovax" and config.use_post_norm:
-        return replace(GRANITE, post_norm="post_norm1", mlp_out=("post_norm2",))
-    if config.model_type == "stablelm" and config.use_parallel_residual:
-        return PARALLEL
-    return FAMILIES.get(config.model_type, LLAMA)
+    return _by_options(config) or FAMILIES.get(config.model_type, LLAMA)
+
+
+def _by_options(config: Any) -> Family | None:
+    """That of types whose blocks depend on more of the configuration than the type."""
+    chosen = CHOICES.get(config.model_type)
+    return None if chosen is None else chosen(config)
+
+
+def _granitemoe_swa(config: Any) -> Family:
+    shared = ["shared_mlp"] if config.shared_intermediate_size else []
+    return replace(GRANITE_SWA, mlp_out=("block_sparse_moe", *shared))
+
+
+def _granitemoehybrid(config: Any) -> Family:
+    experts = ["block_sparse_moe"] if config.num_local_experts else []
+    return replace(GRANITE, mlp_out=(*experts, "shared_mlp"), mixer="mamba")
+
+
+def _lfm3(config: Any) -> Family:
+    norms = {"post_norm": "post_operator_norm", "mlp_out": ("post_ffn_norm",)} if config.use_sandwich_norm else {}
+    gate = "self_attn.g_proj" if config.use_attention_gate else None
+    return replace(LFM2, output="self_attn.o_proj", head_gate=gate, **norms)
+
+
+def _hyperclovax(config: Any) -> Family:
+    return replace(GRANITE, post_norm="post_norm1", mlp_out=("post_norm2",)) if config.use_post_norm else GRANITE
 
 
 def _gemma4(config: Any) -> Family:
@@ -316,11 +362,22 @@ def eager_copy(model):
 
 def closure_error(layer: DenseLayer) -> float:
     """Largest gap between resid_mid and its rebuilt value, relative to the largest entry of the attention branch."""
-    z = torch.einsum("hij,hjd->hid", layer.pattern, layer.v)
-    z = z if layer.gate is None else z * layer.gate
-    branch = layer.b_O + torch.einsum("hid,hdm->im", z, layer.W_O)
+    branch = layer.b_O + sum(_written(one) for one in (layer, layer.beside) if one is not None)
     rebuilt = layer.resid_pre + layer.scale[:, None] * layer.gain * branch
-    return ((rebuilt - layer.resid_mid).abs().max() / (layer.resid_mid - layer.resid_pre).abs().max()).item()
+    return ((rebuilt - layer.resid_mid).abs().max() / _size(layer)).item()
+
+
+def _written(layer: DenseLayer) -> Tensor:
+    pattern = layer.pattern if layer.pattern.dim() == 4 else layer.pattern[..., None]
+    z = recurrences.read(pattern, layer.v)
+    z = z if layer.gate is None else z * layer.gate
+    return torch.einsum("hid,hdm->im", z, layer.W_O)
+
+
+def _size(layer: DenseLayer) -> Tensor:
+    """Of what attention writes, or in a block that is an MLP alone of the stream."""
+    size = (layer.resid_mid - layer.resid_pre).abs().max()
+    return size if size > 0 else layer.resid_mid.abs().max()
 
 
 @dataclass
@@ -333,23 +390,49 @@ class _Record:
     seen: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self):
-        family = self.family
+        family = self.family = self._own_family()
         self._keep_input("resid_pre", "")
         self._keep_output("resid_post", "")
-        self._keep_output("attention", family.attention)
-        self._keep_output("values", family.values, self.source)
-        self._keep_pattern()
+        if self.attends:
+            self._keep_output("attention", family.attention)
+            self._keep_output("values", family.values, self.source)
+            self._keep_pattern()
+        if self.mixes:
+            self._keep_input("mixer_in", family.mixer)
+            self._keep_output("mixer_out", family.mixer)
         for path in family.mlp_out:
             self._keep_output(path, path)
         if family.mid is not None:
             self._keep_input("resid_mid", family.mid)
         if family.post_norm is not None:
             self._keep_input("post_norm_in", family.post_norm)
-        if family.gate:
+        if family.gate and self.attends:
             self._keep_output("gate", "self_attn.q_proj")
+        if family.head_gate and self.attends:
+            self._keep_output("gate", family.head_gate)
         if family.hidden_sinks:
             self._keep_output("q", "self_attn.q_proj")
             self._keep_output("k", "self_attn.k_proj")
+
+    @property
+    def mixes(self) -> bool:
+        """Whether the block has a mixer without softmax."""
+        module = None if self.family.mixer is None else dict(self.block.named_modules()).get(self.family.mixer)
+        return module is not None and recurrences.known(module)
+
+    @property
+    def attends(self) -> bool:
+        at_its_place = self.mixes and self.family.mixer == self.family.attention
+        return not at_its_place and self.family.output in dict(self.block.named_modules())
+
+    def _own_family(self) -> Family:
+        """Less what only other blocks of the family have."""
+        family = self.family
+        if family.alone and (self.mixes or self.attends):
+            return replace(family, mlp_out=())
+        if self.mixes and family.mixer == "linear_attn" and family.post_norm is not None:  # OLMo Hybrid
+            return replace(family, post_norm=None, mid="post_attention_layernorm", mlp_out=("mlp",))
+        return family
 
     def _keep_input(self, name: str, path: str) -> None:
         def hook(module, args, kwargs):
@@ -370,6 +453,20 @@ class _Record:
         self.block.get_submodule(self.family.attention).register_forward_hook(hook)
 
 
+CHOICES = {
+    "falcon": _falcon,
+    "gpt_neox": lambda config: replace(NEOX, mid=None) if config.use_parallel_residual else NEOX,
+    **dict.fromkeys(("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"), _gemma4),
+    "granitemoe_swa": _granitemoe_swa,
+    "granitemoehybrid": _granitemoehybrid,
+    "lfm3": _lfm3,
+    "olmo_hybrid": lambda config: replace(POST_NORM, mixer="linear_attn", mixer_output="o_proj"),
+    "gpt_bigcode": lambda config: replace(GPT2, split=last_head if config.multi_query else interleaved),
+    "hyperclovax": _hyperclovax,
+    "stablelm": lambda config: PARALLEL if config.use_parallel_residual else LLAMA,
+}
+
+
 def _rows(activation: Tensor) -> Tensor:
     """[1, N, width], [N, width], [1, 1, N, width] or, cut into heads, [1, N, H, d_h] -> [N, width] in float64."""
     by_head = activation.dim() == 4 and activation.shape[1] > 1
@@ -378,25 +475,66 @@ def _rows(activation: Tensor) -> Tensor:
 
 
 def _dense_layer(record: _Record, config) -> DenseLayer:
-    seen, family, heads = record.seen, record.family, config.num_attention_heads
-    W_O, b_O = _output_projection(record.block.get_submodule(family.output), heads)
+    seen, family = record.seen, record.family
+    width = seen["resid_pre"].shape[1]
+    scales = (1.0, 1.0) if family.scales is None else [getattr(config, name) for name in family.scales]
+    heads = [_attention(record, config, scales[0])] if record.attends else []
+    heads += [_mixer(record, scales[1])] if record.mixes else []
     gain, scale = _post_norm(record, family)
     times = 1.0 if family.scale is None else getattr(config, family.scale)
-    values = family.split(seen["values"], config, W_O.shape[1])
+    stream = {
+        "resid_pre": seen["resid_pre"],
+        "resid_mid": seen["resid_mid"] if family.mid is not None else _mid(record),
+        "resid_post": seen["resid_post"],
+        "mlp_out": times * sum((seen[path] for path in family.mlp_out), torch.zeros_like(seen["resid_pre"])),
+    }
+    first, *others = heads or [_nothing(len(seen["resid_pre"]), width)]
+    beside = DenseLayer(**stream, **others[0]) if others else None
+    first["b_O"] = sum(one["b_O"] for one in (first, *others) if one["b_O"] is not None) if heads else None
     return DenseLayer(
-        resid_pre=seen["resid_pre"],
-        resid_mid=seen["resid_mid"] if family.mid is not None else seen["resid_pre"] + seen["attention"],
-        resid_post=seen["resid_post"],
-        mlp_out=times * sum(seen[path] for path in family.mlp_out),
-        pattern=_after_sinks(record, config) if family.hidden_sinks else seen["pattern"],
-        v=_repeated(values, heads),
-        W_O=W_O,
-        b_O=b_O,
-        gain=times * (torch.ones(W_O.shape[-1:], dtype=torch.float64) if gain is None else gain),
+        **stream,
+        **first | {"b_O": first["b_O"] if isinstance(first["b_O"], Tensor) else None},
+        gain=gain
+        if family.scale is None
+        else times * (torch.ones(width, dtype=torch.float64) if gain is None else gain),
         scale=scale,
-        gate=_gate(seen["gate"], heads) if family.gate else None,
         out_scale=1.0 if family.out_scale is None else getattr(record.block, family.out_scale).item(),
+        beside=beside,
     )
+
+
+def _mid(record: _Record) -> Tensor:
+    seen = record.seen
+    return seen["resid_pre"] + sum(seen[name] for name in ("attention", "mixer_out") if name in seen)
+
+
+def _attention(record: _Record, config: Any, times: float) -> dict[str, Any]:
+    seen, family, heads = record.seen, record.family, config.num_attention_heads
+    W_O, b_O = _output_projection(record.block.get_submodule(family.output), heads)
+    values = family.split(seen["values"], config, W_O.shape[1])
+    return {
+        "pattern": _after_sinks(record, config) if family.hidden_sinks else seen["pattern"],
+        "v": _repeated(values, heads),
+        "W_O": times * W_O,
+        "b_O": None if b_O is None else times * b_O,
+        "gate": _gate(seen["gate"], heads, W_O.shape[1]) if "gate" in seen else None,
+    }
+
+
+def _mixer(record: _Record, times: float) -> dict[str, Any]:
+    module = record.block.get_submodule(record.family.mixer)
+    mixed = recurrences.read_mixer(module, record.seen["mixer_in"])
+    W_O, b_O = _output_projection(module.get_submodule(record.family.mixer_output), len(mixed.v))
+    b_O = None if b_O is None else times * b_O
+    return {"pattern": mixed.coefficients, "v": mixed.v, "W_O": times * W_O, "b_O": b_O, "gate": mixed.gate}
+
+
+def _nothing(length: int, width: int) -> dict[str, Any]:
+    """A block that is an MLP alone: one head that reads nothing."""
+    zeros = [
+        torch.zeros(*shape, dtype=torch.float64) for shape in ((1, length, length), (1, length, 1), (1, 1, width))
+    ]
+    return dict(zip(("pattern", "v", "W_O"), zeros, strict=True)) | {"b_O": None, "gate": None}
 
 
 def _repeated(values: Tensor, heads: int) -> Tensor:
@@ -419,8 +557,10 @@ def _after_sinks(record: _Record, config: Any) -> Tensor:
     return pattern * torch.sigmoid(lse - sinks[:, None])[:, :, None]
 
 
-def _gate(projected: Tensor, heads: int) -> Tensor:
-    """[N, H * 2 d_h] -> [H, N, d_h]"""
+def _gate(projected: Tensor, heads: int, width: int) -> Tensor:
+    """[N, H * 2 d_h] -> [H, N, d_h]; of one gate per head [N, H]"""
+    if projected.shape[1] == heads:
+        return torch.sigmoid(projected).T[:, :, None].expand(-1, -1, width)
     return torch.sigmoid(projected.unflatten(1, (heads, 2, -1))[:, :, 1]).transpose(0, 1)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flashtrace_plugin.core.flow.layer import Layer
 from flashtrace_plugin.core.flow.pattern import channel_flow, reach, weighted_flow
+from flashtrace_plugin.core.flow.recurrence import softmax_pattern
 
 
 def closure(layers: Sequence[Layer], weights: Tensor) -> tuple[float, int]:
@@ -35,7 +36,7 @@ def read_values(layer: Layer, w: Tensor, stop: int) -> tuple[Tensor, Tensor]:
     """Weighted flow [H, stop] and the values [H or H_kv, stop, d_h] it carries; heads gated where they read have
     one flow per channel, which is folded into their values. w: [rows] as attention sees them"""
     if layer.z_gate is None:
-        return weighted_flow(layer.pattern, w, stop), layer.v[:, :stop]
+        return weighted_flow(softmax_pattern(layer.pattern), w, stop), layer.v[:, :stop]
     through = channel_flow(layer.pattern, w[:, None] * layer.z_gate.float(), stop)
     v = through * layer.v[:, :stop].float().repeat_interleave(len(through) // len(layer.v), 0)
     return v.new_ones(v.shape[:2]), v

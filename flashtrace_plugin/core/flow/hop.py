@@ -12,6 +12,7 @@ from flashtrace_plugin.core.flow.closure import closure_gap, last_read, mlp_gap,
 from flashtrace_plugin.core.flow.layer import Layer
 from flashtrace_plugin.core.flow.pattern import pattern_rows
 from flashtrace_plugin.core.flow.proximity import proximity, source_proximity
+from flashtrace_plugin.core.flow.recurrence import softmax_pattern
 from flashtrace_plugin.core.flow.stack import stackable, stacked
 from flashtrace_plugin.core.recursion import Hop
 
@@ -126,7 +127,7 @@ def _row_block(layers: Sequence[Layer], rows: Tensor, length: int) -> Shares:
         here = rows.to(layer.v.device)
         weights = torch.nn.functional.one_hot(here, len(layer.resid_pre)).float()
         w = layer.attention_weights(weights)
-        flow = pattern_rows(layer.pattern, here, stop) * w.sum(-1)[:, None, None]
+        flow = pattern_rows(softmax_pattern(layer.pattern), here, stop) * w.sum(-1)[:, None, None]
         return _layer_shares(layer, weights, w, flow, layer.v[:, :stop])
 
     return _assemble(layers, [shares(layer) for layer in layers], length, stop)
@@ -182,9 +183,15 @@ def _assemble(layers: Sequence[Layer], shares: Sequence[_LayerShares], length: i
 
     return Shares(
         alpha=torch.nn.functional.pad(stack("tokens").sum(1), (0, length - stop)),
-        head_shares=stack("heads"),
+        head_shares=_by_layer([s.heads.cpu() for s in shares]),
         residual_shares=stack("residual"),
         mlp_shares=stack("mlp"),
         edit_shares=None if all(layer.edit is None for layer in layers) else stack("edit"),
         gaps=stack("gap"),
     )
+
+
+def _by_layer(heads: Sequence[Tensor]) -> Tensor:
+    """[B, H] of each layer -> [B, L, H]; layers with fewer heads than others have zeros for those they lack."""
+    most = max(each.shape[1] for each in heads)
+    return torch.stack([torch.nn.functional.pad(each, (0, most - each.shape[1])) for each in heads], 1)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flashtrace_plugin.core.flow.pattern import Pattern
+from flashtrace_plugin.core.flow.pattern import ChannelFlow, Pattern
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,8 @@ class Layer:
         resid_mid_i = resid_pre_i + post_scale_i * post_gain ⊙ ( b_O + sum_h z^h_i W_O^h )
         resid_post_i = resid_mid_i + mlp_out_i + edit_i
 
-    pattern:    rows of A       see :class:`~flashtrace_plugin.core.flow.pattern.Pattern`
+    pattern:    rows of A       see :class:`~flashtrace_plugin.core.flow.pattern.Pattern`, or the coefficients of what
+                                has no pattern, which may be negative, see :mod:`.recurrence`
     v:          [H_kv, N, d_h]  values that attention reads, KV heads not repeated
     W_O:        [H, d_h, d]     output projection by head
     b_O:        [d]             its bias, or None
@@ -31,13 +32,14 @@ class Layer:
     mlp_out:    [rows, d]       what the MLP adds to the stream, as it was seen
     post_gain:  [d]             gain of a norm after attention, or a constant multiplier; None: 1
     post_scale: [rows]          1/rms of that norm, taken from the forward pass; None: 1
-    z_gate:     [H, rows, d_h]  multiplies what a head has read, before the output projection (Qwen3-Next); None: 1
+    z_gate:     [H, rows, d_h]  multiplies what a head has read, before the output projection (Qwen3-Next); None: 1.
+                                Where there is no pattern, it is always given
     out_scale:  float           the next layer reads the stream times this (Gemma 4); ``resid_post`` is before it
     edit:       [rows, d]       what else was put into the stream before the next layer reads it; None: nothing. See
                                 :func:`flashtrace_plugin.core.flow.edits.with_edits`
     """
 
-    pattern: Pattern
+    pattern: Pattern | ChannelFlow
     v: Tensor
     W_O: Tensor
     b_O: Tensor | None

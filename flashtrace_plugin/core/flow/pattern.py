@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -43,6 +43,20 @@ class Pattern(Protocol):
 
     def blocks(self, rows: Tensor) -> Iterator[tuple[slice, int, Tensor]]:
         """Yields ``(part, start, A)``: ``A [H, len(part), keys]`` for ``rows[part]`` and keys ``start:start+keys``."""
+        ...
+
+
+@runtime_checkable
+class ChannelFlow(Protocol):
+    """What a layer reads from without a pattern, see :mod:`.recurrence`; it has flows, but no rows that sum to 1."""
+
+    @property
+    def positions(self) -> Tensor:
+        """positions: [rows]  the query positions that can be read, increasing"""
+        ...
+
+    def channel_flow(self, weights: Tensor, length: int) -> Tensor:
+        """See :func:`channel_flow`."""
         ...
 
 
@@ -133,7 +147,7 @@ class StoredPattern:
         yield slice(0, len(rows)), 0, self.A[:, rows, :stop].float()
 
 
-def reach(pattern: Pattern, rows: Tensor) -> int:
+def reach(pattern: Pattern | ChannelFlow, rows: Tensor) -> int:
     """One behind the last key that any of the rows [r], indices into ``pattern.positions``, increasing, reads."""
     last = pattern.last_key if isinstance(pattern, QKPattern) else None
     queries = pattern.positions[rows]
@@ -157,12 +171,14 @@ def weighted_flow(pattern: Pattern, weights: Tensor, length: int) -> Tensor:
     return flow
 
 
-def channel_flow(pattern: Pattern, weights: Tensor, length: int) -> Tensor:
+def channel_flow(pattern: Pattern | ChannelFlow, weights: Tensor, length: int) -> Tensor:
     """Weighted column sum with one weight per channel of a head, for heads that are gated where they are read.
 
     weights: [H, rows, d_h]
     result:  [H, length, d_h]   float32; :func:`weighted_flow` of every channel, at the price of one attention pass
     """
+    if isinstance(pattern, ChannelFlow):
+        return pattern.channel_flow(weights, length)
     rows = weights.any(-1).any(0).nonzero()[:, 0]
     flow = weights.new_zeros(weights.shape[0], length, weights.shape[-1], dtype=torch.float32)
     for part, start, A in pattern.blocks(rows):

@@ -20,6 +20,7 @@ from flashtrace_plugin.core.flow.edits import unedited
 from flashtrace_plugin.core.flow.layer import Layer
 from flashtrace_plugin.core.flow.pattern import weighted_flow
 from flashtrace_plugin.core.flow.proximity import proximity, source_proximity
+from flashtrace_plugin.core.flow.recurrence import softmax_patterns
 
 PARKED = 10.0
 """A position is a sink of attention if all queries together read it this many times as often as an even share."""
@@ -58,10 +59,12 @@ def attention_sinks(layers: Sequence[Layer], length: int) -> Tensor:
     layers: with all of n positions recorded
     length: how many queries count
     result: [n] bool
+
+    Recurrences are not asked, since their coefficients are no shares of a query's attention.
     """
     n = len(layers[0].resid_pre)
     mass = torch.zeros(n, dtype=torch.float32)
-    for layer in layers:
-        even = (torch.arange(n, device=layer.v.device) < length).float() / length
-        mass += weighted_flow(layer.pattern, even, n).mean(0).cpu()
+    for pattern in (pattern for layer in layers for pattern in softmax_patterns(layer.pattern)):
+        even = (torch.arange(n, device=pattern.positions.device) < length).float() / length
+        mass += weighted_flow(pattern, even, n).mean(0).cpu()
     return mass > PARKED * mass.sum() / length

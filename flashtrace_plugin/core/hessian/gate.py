@@ -18,6 +18,7 @@ from torch import Tensor
 
 from flashtrace_plugin.core.flow.layer import Layer
 from flashtrace_plugin.core.flow.pattern import Pattern, weighted_flow
+from flashtrace_plugin.core.flow.recurrence import softmax_pattern
 
 
 def flow_mass(layers: Sequence[Layer], weights: Tensor) -> Tensor:
@@ -33,9 +34,10 @@ def flow_mass(layers: Sequence[Layer], weights: Tensor) -> Tensor:
     rho, mass = weights.float(), []
     for layer in reversed(layers):
         rho = rho.to(layer.v.device)
-        flow = weighted_flow(layer.pattern, rho, len(rho))
+        pattern = softmax_pattern(layer.pattern)
+        flow = weighted_flow(pattern, rho, len(rho))
         scaled = layer.attention_weights(rho)
-        written = flow if scaled is rho else weighted_flow(layer.pattern, scaled, len(rho))
+        written = flow if scaled is rho else weighted_flow(pattern, scaled, len(rho))
         mass.append((written * _value_norms(layer, len(rho))).cpu())
         rho = (rho + flow.mean(0)) / 2
     return torch.stack(mass[::-1])
@@ -56,7 +58,7 @@ def per_head_mass(layers: Sequence[Layer], weights: Tensor) -> Tensor:
         device = layer.v.device
         start = layer.attention_weights(weights.float().to(device)).expand(1, heads, length)
         rows = torch.cat([start, rows.to(device)])
-        rows = (rows + _stacked_flow(layer.pattern, rows)) / 2
+        rows = (rows + _stacked_flow(softmax_pattern(layer.pattern), rows)) / 2
     norms = torch.stack([_value_norms(layer, length).to(rows.device) for layer in layers])
     return (rows * norms).cpu()
 

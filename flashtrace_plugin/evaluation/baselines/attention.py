@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from flashtrace_plugin.core.flow.pattern import weighted_flow
+from flashtrace_plugin.core.flow.recurrence import softmax_pattern, softmax_patterns
+from flashtrace_plugin.errors import UnsupportedModelError
 from flashtrace_plugin.evaluation.baselines.base import Baseline, fixed
 from flashtrace_plugin.models.read.source import source_for
 
@@ -22,7 +24,10 @@ def _mean(model: Any, case: Case) -> Tensor:
     rows = torch.arange(case.target.start - 1, case.target.stop - 1)
     layers = source.layers(source.check_ids(case.input_ids), rows)
     weights = torch.ones(len(rows), dtype=torch.float32, device=layers[0].v.device)
-    flows = [weighted_flow(layer.pattern, weights, len(case.input_ids)).mean(0).cpu() for layer in layers]
+    patterns = [pattern for layer in layers for pattern in softmax_patterns(layer.pattern)]
+    if not patterns:
+        raise UnsupportedModelError("this model has no attention whose mean could be taken")
+    flows = [weighted_flow(pattern, weights, len(case.input_ids)).mean(0).cpu() for pattern in patterns]
     return torch.stack(flows).mean(0)[: case.prompt_length]
 
 
@@ -35,7 +40,7 @@ def _rollout(model: Any, case: Case) -> Tensor:
     rho = torch.zeros(stop, dtype=torch.float32, device=layers[0].v.device)
     rho[case.target.start - 1 :] = 1 / len(case.target)
     for layer in reversed(layers):
-        rho = (rho + weighted_flow(layer.pattern, rho, stop).mean(0)) / 2
+        rho = (rho + weighted_flow(softmax_pattern(layer.pattern), rho, stop).mean(0)) / 2
     return rho[: case.prompt_length].cpu()
 
 

@@ -11,6 +11,7 @@ from flashtrace_plugin.core.hessian.curvature import OVERSAMPLING
 from flashtrace_plugin.core.hessian.windows import windows
 from flashtrace_plugin.methods.heta.options import HETAOptions
 from flashtrace_plugin.methods.task import Task
+from flashtrace_plugin.models.read.recurrence import keeps_state
 
 _PREPARED = 5.0
 """The gate's pass, the prefix, and the checks that it may be reused and that eager attention computes the same."""
@@ -60,8 +61,11 @@ class HopCost:
         return 0.0
 
     def _share(self, start: int) -> float:
-        """Share of the text that runs for a change at a position: all of it where hooks may look at positions."""
-        whole = self.task.source.whole_text()
+        """Share of the text that runs for a change at a position.
+
+        All of it where hooks may look at positions, and where what precedes is handed on as a state.
+        """
+        whole = self.task.source.whole_text() or keeps_state(self.task.source.language_model)
         return 1.0 if whole else (self.stop - start) / self.task.length
 
     def _mean_share(self) -> float:

@@ -30,6 +30,7 @@ from flashtrace_plugin.models.derive.blockwise import applies
 from flashtrace_plugin.models.derive.memory import forward_bytes, graph_bytes, product_bytes
 from flashtrace_plugin.models.derive.runner import Runner
 from flashtrace_plugin.models.derive.tails import Tails, twice_differentiable
+from flashtrace_plugin.models.read.recurrence import keeps_state
 
 LARGEST_BATCH = {"cpu": 8}
 """Most items at once by device, 64 elsewhere. All of a batch run the tail of its first item, so large ones waste work
@@ -160,6 +161,8 @@ class Terms:
         self.model: PreTrainedModel = runner.model
         self.budget, self.progress, self.cost = budget, progress, cost
         after = target.later_ids if runner.hooked or runner.whole else None
+        if after is None and keeps_state(self.model):
+            after = target.input_ids[:, :0]
         self.tails = Tails(self.model, target.input_ids, len(target.weights), last_layers=last_layers, after=after)
         self.X = self.tails.embeddings if self.tails.hidden is None else self.tails.hidden
 

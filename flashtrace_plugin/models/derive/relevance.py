@@ -31,6 +31,7 @@ from flashtrace_plugin.models.derive.runner import HuggingFace as HuggingFace
 from flashtrace_plugin.models.derive.runner import Runner
 from flashtrace_plugin.models.derive.sweep import Sweep
 from flashtrace_plugin.models.modes import check_differentiable, check_layer_by_layer
+from flashtrace_plugin.models.read.recurrence import frozen_recurrences
 from flashtrace_plugin.models.user_hooks import original_of
 
 _CHECKED_TOKENS = 128
@@ -271,7 +272,7 @@ def linearised(
 
     No parameter gets a gradient.
     """
-    with differentiating():
+    with differentiating(), frozen_recurrences(runner.model):
         yield Linearised(runner, input_ids.clone(), rows.to(input_ids.device).clone(), rule, memory_budget)
 
 

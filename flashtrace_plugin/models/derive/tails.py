@@ -2,7 +2,7 @@
 
 Masking a token or moving its embedding changes nothing before that token, so the keys and values of what precedes
 it are computed once and every later run covers the tail only. The numbers are those of the whole sequence. Where hooks
-may look at positions, every run is the whole text instead.
+may look at positions, or layers hand on a state instead of keys and values, every run is the whole text instead.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ _PREFIX = "recorded_"
 _NOTE = "flashtrace_note"
 """Attribute of an attention module that is recorded."""
 
-Note = Callable[[nn.Module, "AttentionCall"], None]
+Note = Callable[[nn.Module, "AttentionCall"], Any]
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,11 @@ from flashtrace_plugin.core.flow.layer import Layer
 from flashtrace_plugin.errors import ClosureError, InputError, UnsupportedModelError
 from flashtrace_plugin.models.inputs import placeholders, run_with
 from flashtrace_plugin.models.read.attention import MaskReader, recording
-from flashtrace_plugin.models.read.block import BlockRecorder, Texts
+from flashtrace_plugin.models.read.block import BlockRecorder
 from flashtrace_plugin.models.read.layouts import Layout, layout_of, transformer_blocks
-from flashtrace_plugin.models.user_hooks import whole_text
+from flashtrace_plugin.models.read.recurrence import keeps_state
+from flashtrace_plugin.models.read.texts import Texts
+from flashtrace_plugin.models.user_hooks import hooked, whole_text
 from flashtrace_plugin.models.view import view_of
 
 _CHECKED_TOKENS = 128
@@ -35,6 +37,9 @@ _verified: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary
 
 _together: weakref.WeakKeyDictionary[nn.Module, tuple[str, bool]] = weakref.WeakKeyDictionary()
 """Models that were run on two texts at once, the kernel of attention then, and whether a text had its own logits."""
+
+_multiplying: weakref.WeakKeyDictionary[nn.Module, Layout] = weakref.WeakKeyDictionary()
+"""Models where nothing but multiplication was found behind the recurrences, and the layout by which they were read."""
 
 
 def capture(
@@ -52,10 +57,14 @@ def capture(
     """
     layout, given = layout_of(model), inputs or {}
     with torch.no_grad():
+        some = input_ids if given or whole_text(model) else input_ids[:, :_CHECKED_TOKENS]
         if _verified.get(model) != _checked_as(model, given):
-            whole = bool(given) or whole_text(model)
-            _verify_logits(model, input_ids if whole else input_ids[:, :_CHECKED_TOKENS], given)
-        (layers,) = _layers(view_of(model), layout, Texts([input_ids[0]], [rows]), given)
+            _verify_logits(model, some, given)
+        recorders, _ = _record(view_of(model), layout, Texts([input_ids[0]], [rows]), given)
+        divides = any(mixer.o is not None for recorder in recorders for mixer in recorder.mixers)
+        if divides and (_multiplying.get(model) != layout or hooked(model)):
+            _verify_gates(model, some, layout, given)
+        (layers,) = _layers(recorders)
         return layers
 
 
@@ -66,23 +75,23 @@ def capture_together(model: PreTrainedModel, texts: Sequence[Tensor], rows: Sequ
 
     Texts after a row cannot change it, except where :func:`whole_text` says so, so the shorter ones are padded at the
     right. That this is so for the model and its kernel is looked at once, by its logits, before it is relied upon.
+    Recurrences are run apart.
     """
     layout = layout_of(model)
-    apart = whole_text(model) or len(texts) == 1 or not _runs_together(model, texts)
+    apart = whole_text(model) or keeps_state(model) or len(texts) == 1 or not _runs_together(model, texts)
     if apart:
         return [capture(model, ids[None], own) for ids, own in zip(texts, rows, strict=True)]
     with torch.no_grad():
-        return _layers(view_of(model), layout, Texts(texts, rows), {})
+        return _layers(_record(view_of(model), layout, Texts(texts, rows), {})[0])
 
 
-def _layers(view: PreTrainedModel, layout: Layout, texts: Texts, inputs: Mapping[str, Any]) -> list[list[Layer]]:
+def _layers(recorders: Sequence[BlockRecorder]) -> list[list[Layer]]:
     """The layers of every text."""
-    recorders, _ = _record(view, layout, texts, inputs)
     return [list(layers) for layers in zip(*(recorder.layers() for recorder in recorders), strict=True)]
 
 
 def _record(
-    view: PreTrainedModel, layout: Layout, texts: Texts, inputs: Mapping[str, Any]
+    view: PreTrainedModel, layout: Layout, texts: Texts, inputs: Mapping[str, Any], *, flip: bool = False
 ) -> tuple[list[BlockRecorder], Tensor]:
     masks, family, input_ids = MaskReader(), _family_name(view), texts.input_ids
     recorders = [
@@ -90,9 +99,12 @@ def _record(
         for i, block in enumerate(transformer_blocks(view))
     ]
     _check_apart(recorders)
+    for mixer in (mixer for recorder in recorders for mixer in recorder.mixers):
+        mixer.flip = flip
     with ExitStack() as stack:
-        if layout.reader is None:
-            stack.enter_context(recording(view, {recorder.attn: recorder.attention for recorder in recorders}))
+        own = [mixer for recorder in recorders for mixer in recorder.mixers if mixer.layout.reader is None]
+        if own:
+            stack.enter_context(recording(view, {mixer.attn: mixer.note for mixer in own}))
         for recorder in recorders:
             recorder.watch(stack)
         same = _same_ids(input_ids, placeholders(view.config) if inputs else [])
@@ -162,13 +174,18 @@ def _checked_as(model: PreTrainedModel, inputs: Mapping[str, Any]) -> str:
     return " ".join([_kernel_name(model), *sorted(inputs)])
 
 
-def logit_gap(model: PreTrainedModel, input_ids: Tensor, inputs: Mapping[str, Any] | None = None) -> float:
-    """Largest difference between the last logits with and without recording, relative to the largest logit."""
+def logit_gap(
+    model: PreTrainedModel, input_ids: Tensor, inputs: Mapping[str, Any] | None = None, *, flip: bool = False
+) -> float:
+    """Largest difference between the last logits with and without recording, relative to the largest logit.
+
+    flip: with signs turned between recurrences and their output projections
+    """
     view, length, given = view_of(model), input_ids.shape[1], inputs or {}
     with torch.no_grad():
         plain = _last_logits(view, input_ids, [length], given)
         last = torch.tensor([length - 1])
-        _, recorded = _record(view, layout_of(model), Texts([input_ids[0]], [last]), given)
+        _, recorded = _record(view, layout_of(model), Texts([input_ids[0]], [last]), given, flip=flip)
     return _gap(plain, recorded)
 
 
@@ -208,3 +225,15 @@ def together_gap(model: PreTrainedModel, texts: Sequence[Tensor]) -> float:
         texts_of = Texts([shorter, longer], [torch.tensor([n - 1]) for n in lengths])
         _, beside = _record(view, layout_of(model), texts_of, {})
     return _gap(alone, beside[:1])
+
+
+def _verify_gates(model: PreTrainedModel, input_ids: Tensor, layout: Layout, inputs: Mapping[str, Any]) -> None:
+    """Nor can it see what adds to what a recurrence has read, or mixes it, since what it becomes is divided by it."""
+    gap = logit_gap(model, input_ids, inputs, flip=True)
+    if not gap <= _LOGIT_TOLERANCE:
+        raise ClosureError(
+            f"{_family_name(model)}: between a recurrence of {type(model).__name__} and its output projection stands "
+            f"what does not only multiply (relative gap of the logits {gap:.1e}, bound {_LOGIT_TOLERANCE:.0e}), so "
+            "that what a token writes is not known; its layout is wrong, or a hook is there"
+        )
+    _multiplying[model] = layout

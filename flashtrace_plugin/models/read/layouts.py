@@ -15,19 +15,18 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from flashtrace_plugin.errors import UnsupportedModelError
-from flashtrace_plugin.models.read import own_attention
-from flashtrace_plugin.models.read.attention import Note
+from flashtrace_plugin.models.read import own_attention, recurrence
 
-Reader = Callable[[nn.Module, Note], AbstractContextManager[None]]
+Reader = Callable[[nn.Module, Callable[[nn.Module, Any], Any]], AbstractContextManager[None]]
 """While its context is open, tells ``note`` what an attention module computes its pattern from."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Layout:
     """Module paths of one family; those after ``blocks`` are relative to a block.
 
     blocks:     the list of transformer blocks, from the model with its language-model head
-    attn:       the attention module
+    attn:       the attention module, or another token mixer; None in a block that is an MLP alone
     W_O:        its output projection; anything that acts like a linear map
     mid:        the module whose input is ``resid_mid``; None in a parallel block, where attention and MLP read the
                 same input, and ``resid_mid := resid_pre + attention branch``
@@ -35,13 +34,17 @@ class Layout:
     post_norm:  an RMS norm between the output projection and the residual stream; its gain is measured, not named
     multiplier: attribute of a block by which its two branches are multiplied
     out_scale:  attribute of a block by which the whole stream is multiplied at the block's end
-    gate:       a module whose output, per head, is a query and then a gate: heads are multiplied by its sigmoid
-    reader:     for attention that does not go through transformers' attention interface
+    gate:       a module whose output, per head, is a query and then a gate: heads are multiplied by its sigmoid; or
+                one number per head, whose sigmoid multiplies all that the head has read
+    reader:     for attention that does not go through transformers' attention interface, and for what is no attention
+    written:    attribute of a block by which what this mixer writes is multiplied
+    beside:     a second mixer that reads and writes the same stream; of its layout, what is the mixer's counts
+    others:     layouts of blocks that have no such ``attn`` and ``W_O``; the first that fits is taken
     """
 
     blocks: str = "model.layers"
-    attn: str = "self_attn"
-    W_O: str = "self_attn.o_proj"
+    attn: str | None = "self_attn"
+    W_O: str | None = "self_attn.o_proj"
     mid: str | None = "post_attention_layernorm"
     mlp: str | tuple[str, ...] = "mlp"
     post_norm: str | None = None
@@ -49,6 +52,34 @@ class Layout:
     out_scale: str | None = None
     gate: str | None = None
     reader: Reader | None = None
+    written: str | None = None
+    beside: Layout | None = None
+    others: tuple[Layout, ...] = ()
+
+    def __repr__(self) -> str:
+        """What is not as in Llama, as it is written."""
+        given = [(field.name, getattr(self, field.name)) for field in fields(self)]
+        told = [f"{name}={value!r}" for (name, value), field in zip(given, fields(self)) if value != field.default]
+        return f"Layout({', '.join(told)})"
+
+    def of(self, block: nn.Module) -> Layout:
+        """The layout of one block; this one, for an error to tell what is missing, if none fits."""
+        return next((one for one in (self, *self.others) if one._has_mixer(block)), self)
+
+    def _has_mixer(self, block: nn.Module) -> bool:
+        if self.attn is None:
+            return True
+        modules = dict(block.named_modules())
+        if not {self.attn, self.W_O} <= modules.keys():
+            return False
+        return not isinstance(self.reader, recurrence.RecurrenceReader) or self.reader.is_of(modules[self.attn])
+
+    @property
+    def mixers(self) -> tuple[Layout, ...]:
+        """Layouts of the block's token mixers."""
+        if self.attn is None:
+            return ()
+        return (self,) if self.beside is None else (self, self.beside)
 
 
 _Choice = Callable[[Any], Layout]
@@ -73,6 +104,38 @@ _FALCON = replace(_BLOOM, mlp="mlp", reader=own_attention.falcon)
 _PERSIMMON = Layout(W_O="self_attn.dense")
 
 
+def _mixer(path: str, reader: Reader, W_O: str = "out_proj", **others: Any) -> Layout:
+    """Blocks that mix tokens by a recurrence."""
+    return Layout(attn=path, W_O=f"{path}.{W_O}", reader=reader, **others)
+
+
+_QWEN_NEXT = replace(_GATED, others=(_mixer("linear_attn", recurrence.DELTA_RULE),))
+_KIMI = _mixer("self_attn", recurrence.DELTA_RULE, "o_proj", others=(_LLAMA,))
+_BAILING = replace(_KIMI, others=(Layout(gate="self_attn.g_proj"),))
+_FEED_FORWARD: dict[str, Any] = {"mid": "pre_ff_layernorm", "mlp": "feed_forward"}
+_BAMBA = Layout(**_FEED_FORWARD, others=(_mixer("mamba", recurrence.MAMBA2, **_FEED_FORWARD),))
+_JAMBA = Layout(**_FEED_FORWARD, others=(_mixer("mamba", recurrence.MAMBA, **_FEED_FORWARD),))
+_FALCON_H1 = Layout(
+    **_FEED_FORWARD,
+    written="attn_out_multiplier",
+    beside=_mixer("mamba", recurrence.MAMBA2, written="ssm_out_multiplier"),
+)
+_LFM2_PARTS: dict[str, Any] = {"mid": "ffn_norm", "mlp": "feed_forward"}
+_LFM2 = Layout(
+    W_O="self_attn.out_proj", **_LFM2_PARTS, others=(_mixer("conv", recurrence.CONVOLUTION, **_LFM2_PARTS),)
+)
+_OLMO_HYBRID = replace(_POST_NORM, others=(_mixer("linear_attn", recurrence.DELTA_RULE, "o_proj"),))
+_ALONE: dict[str, Any] = {"blocks": "model.layers", "mid": None, "mlp": ()}
+"""Blocks of one part: what mixes tokens is all that they add to the stream."""
+_NEMOTRON_H = _mixer(
+    "mixer",
+    recurrence.MAMBA2,
+    **_ALONE,
+    others=(Layout(attn="mixer", W_O="mixer.o_proj", **_ALONE), Layout(attn=None, W_O=None, mid="norm", mlp="mixer")),
+)
+_MAMBA = _mixer("mixer", recurrence.MAMBA, **_ALONE | {"blocks": "backbone.layers"})
+
+
 def _gemma4(config: Any) -> Layout:
     per_layer = ("post_per_layer_input_norm",) if getattr(config, "hidden_size_per_layer_input", 0) else ()
     return replace(
@@ -82,9 +145,23 @@ def _gemma4(config: Any) -> Layout:
     )
 
 
+def _granitemoehybrid(config: Any) -> Layout:
+    experts = ("block_sparse_moe",) if config.num_local_experts else ()
+    parts: dict[str, Any] = {"mlp": (*experts, "shared_mlp"), "multiplier": "residual_multiplier"}
+    return Layout(**parts, others=(_mixer("mamba", recurrence.MAMBA2, **parts),))
+
+
 def _granitemoe_swa(config: Any) -> Layout:
     shared = ("shared_mlp",) if config.shared_intermediate_size else ()
     return replace(_SCALED, mlp=("block_sparse_moe", *shared))
+
+
+def _lfm3(config: Any) -> Layout:
+    parts: dict[str, Any] = {"mid": "ffn_norm", "mlp": "feed_forward"}
+    if config.use_sandwich_norm:
+        parts |= {"post_norm": "post_operator_norm", "mlp": "post_ffn_norm"}
+    gate = "self_attn.g_proj" if config.use_attention_gate else None
+    return Layout(**parts, gate=gate, others=(_mixer("conv", recurrence.CONVOLUTION, **parts),))
 
 
 def _neox(config: Any) -> Layout:
@@ -121,6 +198,8 @@ _LAYOUTS: dict[str, Layout | _Choice] = {
     "apertus": replace(_LLAMA, mid="feedforward_layernorm"),
     "arcee": _LLAMA,
     "aria_text": _LLAMA,
+    "bailing_hybrid": _BAILING,
+    "bamba": _BAMBA,
     "bloom": _BLOOM,
     "chameleon": _LLAMA,
     "codegen": _GPTJ,
@@ -139,6 +218,8 @@ _LAYOUTS: dict[str, Layout | _Choice] = {
     "exaone4": _POST_NORM,
     "exaone_moe": _LLAMA,
     "falcon": _falcon,
+    "falcon_h1": _FALCON_H1,
+    "falcon_mamba": _MAMBA,
     "flex_olmo": _POST_NORM,
     "flint": _LLAMA,
     "gemma": _LLAMA,
@@ -164,6 +245,7 @@ _LAYOUTS: dict[str, Layout | _Choice] = {
     "granite_swa": _SCALED,
     "granitemoe": replace(_SCALED, mlp="block_sparse_moe"),
     "granitemoe_swa": _granitemoe_swa,
+    "granitemoehybrid": _granitemoehybrid,
     "granitemoeshared": replace(_SCALED, mlp=("block_sparse_moe", "shared_mlp")),
     "helium": _LLAMA,
     "hunyuan_v1_dense": _LLAMA,
@@ -174,10 +256,17 @@ _LAYOUTS: dict[str, Layout | _Choice] = {
     "internlm3": _LLAMA,
     "iquestcoder": _LLAMA,
     "jais2": _LLAMA,
+    "jamba": _JAMBA,
+    "kimi_linear": _KIMI,
     "kolibri1": _GLM4,
     "kosmos_2_5_text_model": Layout(W_O="self_attn.out_proj", mid="final_layer_norm", mlp="ffn"),
+    "lfm2": _LFM2,
+    "lfm2_moe": _LFM2,
+    "lfm3": _lfm3,
     "llama": _LLAMA,
     "llama4_text": replace(_LLAMA, mlp="feed_forward"),
+    "mamba": _MAMBA,
+    "mamba2": replace(_MAMBA, reader=recurrence.MAMBA2),
     "mellum": _LLAMA,
     "mimo_v2_flash": _LLAMA,
     "minimax_m2": _LLAMA,
@@ -194,9 +283,11 @@ _LAYOUTS: dict[str, Layout | _Choice] = {
     ),
     "nanochat": _LLAMA,
     "nemotron": _LLAMA,
+    "nemotron_h": _NEMOTRON_H,
     "olmo": _LLAMA,
     "olmo2": _POST_NORM,
     "olmo3": _POST_NORM,
+    "olmo_hybrid": _OLMO_HYBRID,
     "olmoe": _LLAMA,
     "opt": _opt,
     "paddleocr_vl_text": _LLAMA,
@@ -211,10 +302,10 @@ _LAYOUTS: dict[str, Layout | _Choice] = {
     "qwen2_moe": _LLAMA,
     "qwen2_vl_text": _LLAMA,
     "qwen3": _LLAMA,
-    "qwen3_5_moe_text": _GATED,
-    "qwen3_5_text": _GATED,
+    "qwen3_5_moe_text": _QWEN_NEXT,
+    "qwen3_5_text": _QWEN_NEXT,
     "qwen3_moe": _LLAMA,
-    "qwen3_next": _GATED,
+    "qwen3_next": _QWEN_NEXT,
     "qwen3_omni_moe_text": _LLAMA,
     "qwen3_vl_moe_text": _LLAMA,
     "qwen3_vl_text": _LLAMA,
@@ -231,6 +322,10 @@ _CROSS = "its cross-attention layers read what stands beside the text and has no
 _CONVOLVED = "short convolutions mix positions between attention and the stream"
 _GATED_APART = "its heads are gated by a module of their own, of which no layout says where it is"
 _CHOSEN = "an indexer chooses the keys that are read, which is not recorded"
+_THROUGH = (
+    "its attention writes not to the residual stream but, through an MLP, to what its Mamba layers read, so which "
+    "token was read cannot be told from the stream"
+)
 
 REASONS = {
     "dots3_note_text": _CHOSEN,
@@ -242,16 +337,16 @@ REASONS = {
     "inkling2_text": _CONVOLVED,
     "inkling_text": _CONVOLVED,
     "kosmos_2_text_model": "a norm stands between what its heads read and its output projection",
-    "lfm2": "a gated short convolution has no attention pattern",
-    "lfm3": "a gated short convolution has no attention pattern",
+    "minimax": "its blocks normalise the residual stream itself, so no part of the stream is attention's alone",
     "mistral_large4_text": _CHOSEN,
     "mllama": _CROSS,
     "muse_glimmer_text": _GATED_APART,
     "muse_spark_text": _GATED_APART,
-    "nemotron_h": "a state space layer has no attention pattern",
     "qwen4_exp_text": _CHOSEN,
     "step3p5": _GATED_APART,
     "unlimited_ocr_text": "its window keeps the prompt in sight, so positions read more than one interval of keys",
+    "zamba": _THROUGH,
+    "zamba2": _THROUGH,
 }
 """Why families of which it is known are not in the table, by the type of the model or of its text model."""
 
@@ -284,6 +379,8 @@ def _checked(model_type: str, layout: object) -> Layout:
 def layout_for(config: PretrainedConfig) -> Layout:
     """The family's layout. Raises UnsupportedModelError for a family that is not in the table."""
     layout = _known(config)
+    if layout is None and _reason(config) is not None:
+        raise UnsupportedModelError(_unknown(config))
     if layout is None:
         raise UnsupportedModelError(
             f"{_unknown(config)}. If its block is built like one of these, add it with "
@@ -296,7 +393,7 @@ def layout_for(config: PretrainedConfig) -> Layout:
 def layout_of(model: PreTrainedModel) -> Layout:
     """The layout of the model's family. The error for an unknown one tells which layouts of others would fit."""
     layout = _known(model.config)
-    if layout is None and (tries := _look_alikes(model)):
+    if layout is None and _reason(model.config) is None and (tries := _look_alikes(model)):
         raise UnsupportedModelError(
             f"{_unknown(model.config)}. Its blocks have the parts of "
             f"{', '.join(f'{family}: {layout}' for family, layout in tries.items())}. Try the first that closes, with "
@@ -314,14 +411,19 @@ def _known(config: PretrainedConfig) -> Layout | None:
     return None
 
 
+def _reason(config: PretrainedConfig) -> str | None:
+    """Why the family is not in the table, where that is known."""
+    return next((REASONS[one.model_type] for one in _configs(config) if one.model_type in REASONS), None)
+
+
 def _unknown(config: PretrainedConfig) -> str:
     kinds = list(dict.fromkeys(one.model_type for one in _configs(config)))
-    reason = next((f": {REASONS[kind]}" for kind in kinds if kind in REASONS), "")
+    reason = _reason(config)
     text = f" with the text model {kinds[-1]!r}" if len(kinds) > 1 else ""
     if hasattr(config, "text_config") and len(kinds) == 1:
         text = ", which has no configuration of a text model that would say what its blocks are,"
     known = f"; supported are {', '.join(supported_families())}"
-    return f"model type {config.model_type!r}{text} is not supported{reason or known}"
+    return f"model type {config.model_type!r}{text} is not supported{known if reason is None else f': {reason}'}"
 
 
 def _look_alikes(model: PreTrainedModel) -> dict[str, str]:
@@ -335,13 +437,20 @@ def _look_alikes(model: PreTrainedModel) -> dict[str, str]:
     found: dict[Layout, str] = {}
     for family, layout in {"llama": _LLAMA, "gemma2": _SANDWICH, **_LAYOUTS}.items():
         for path, blocks in lists:
-            if isinstance(layout, Layout) and layout.reader is None and all(_fits(layout, block) for block in blocks):
-                found.setdefault(replace(layout, blocks=path), family)
+            if isinstance(layout, Layout) and _is_offered(layout) and all(_fits(layout, block) for block in blocks):
+                used = {id(layout.of(block)) for block in blocks}
+                others = tuple(one for one in layout.others if id(one) in used)
+                found.setdefault(replace(layout, blocks=path, others=others), family)
     ranked = sorted(found, key=lambda layout: -len(_parts(layout)))
-    return {found[layout]: f"Layout({', '.join(_given(layout))})" for layout in ranked[:3]}
+    return {found[layout]: repr(layout) for layout in ranked[:3]}
+
+
+def _is_offered(layout: Layout) -> bool:
+    return all(isinstance(one.reader, (type(None), recurrence.RecurrenceReader)) for one in (layout, *layout.others))
 
 
 def _fits(layout: Layout, block: nn.Module) -> bool:
+    layout = layout.of(block)
     modules = {name for name, _ in block.named_modules()}
     if not all(name in modules or isinstance(getattr(block, name, None), (int, float)) for name in _parts(layout)):
         return False
@@ -352,14 +461,9 @@ def _fits(layout: Layout, block: nn.Module) -> bool:
 def _parts(layout: Layout) -> list[str]:
     """What a layout names in a block."""
     mlp = (layout.mlp,) if isinstance(layout.mlp, str) else layout.mlp
-    others = (layout.mid, layout.post_norm, layout.multiplier, layout.out_scale, layout.gate)
-    return [layout.attn, layout.W_O, *mlp, *filter(None, others)]
-
-
-def _given(layout: Layout) -> list[str]:
-    """The arguments of a layout, as they are written."""
-    values = {field.name: getattr(layout, field.name) for field in fields(layout)}
-    return [f"{name}={value!r}" for name, value in values.items() if value != getattr(_LLAMA, name)]
+    others = (layout.mid, layout.post_norm, layout.multiplier, layout.out_scale)
+    mixers = [path for mixer in layout.mixers for path in (mixer.attn, mixer.W_O, mixer.gate, mixer.written)]
+    return [*mlp, *filter(None, (*mixers, *others))]
 
 
 def _configs(config: PretrainedConfig) -> Iterator[PretrainedConfig]:

@@ -108,12 +108,15 @@ class _HuggingFaceSource:
         return capture_together(self.model, texts, rows)
 
     def describe(self) -> dict[str, Any]:
+        from flashtrace_plugin.models.read.recurrence import kernels
+
+        found = kernels(self.model)
         return {
             "model": self.model.config.name_or_path or type(self.model).__name__,
             "family": self.model.config.get_text_config().model_type,
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "source": "streaming",
-        }
+        } | ({"recurrences": " ".join(found)} if found else {})
 
     def configs(self) -> list[Any]:
         return [self.model.config.get_text_config(), getattr(self.model, "generation_config", None)]
