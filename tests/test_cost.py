@@ -288,7 +288,7 @@ def call(folder, *more):
 
 def test_the_command_line_refuses_and_with_yes_tells_and_runs(folder):
     refused = call(folder, "--max-cost", "12.5")
-    assert refused.exit_code == 2 and "more than max_cost=12.5" in refused.stderr and not refused.stdout
+    assert refused.exit_code == 2 and "more than --max-cost 12.5" in refused.stderr and not refused.stdout
     allowed = call(folder, "--max-cost", "12.5", "--yes")
     assert allowed.exit_code == 0, allowed.output
     assert allowed.stderr.startswith("heta takes about ") and "max_cost" not in allowed.stderr

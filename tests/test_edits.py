@@ -10,7 +10,7 @@ import torch
 from flashtrace_plugin import IFR, ClosureError, FlashTrace, RecursiveAttribution, Span
 from flashtrace_plugin.core.flow.components import final_stream_shares
 from flashtrace_plugin.methods.registry import METHODS
-from flashtrace_plugin.models.read.layouts import layout_for
+from flashtrace_plugin.models.read.layouts import layout_for, transformer_blocks
 from tests.tiny import FAMILIES, random_ids, tiny
 
 IDS = random_ids(24, seed=4)
@@ -27,7 +27,7 @@ def attribute(model, method=FlashTrace, **options):
 
 
 def blocks_of(model):
-    return list(model.get_submodule(layout_for(model.config).blocks).children())
+    return transformer_blocks(model)
 
 
 def added(module, args, output):

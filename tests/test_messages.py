@@ -131,10 +131,10 @@ def test_a_prompt_of_one_token_or_of_white_space(name, prompt, generation):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--prompt", "a", "--generation", ""], "the generation is empty"),
-        (["--prompt", "a", "--generation", " \n"], "the generation is empty"),
+        (["--prompt", "v1", "--generation", ""], "the generation is empty"),
+        (["--prompt", "v1", "--generation", " \n"], "the generation is empty"),
         (["--prompt", "", "--generation", "b"], "the prompt is empty"),
-        (["--prompt", "a", "--generation", "b\ud800"], "half of a surrogate pair"),
+        (["--prompt", "v1", "--generation", "v2\ud800"], "half of a surrogate pair"),
         (["--messages-file", "[]"], "holds no chat messages"),
         (["--messages-file", json.dumps([USER, {"role": "user"}])], "message 1 (role 'user') has no content"),
         (["--messages-file", json.dumps([{"content": "x"}])], "message 0 has the role None"),

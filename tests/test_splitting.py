@@ -82,3 +82,9 @@ def test_a_splitter_of_the_callers_may_give_texts_or_ranges():
 def test_a_splitter_that_is_wrong_is_told_so(pieces, message):
     with pytest.raises(InputError, match=message):
         split("ab cd", lambda text: pieces, "mine")
+
+
+def test_wide_spaces_after_a_letter_are_spaces():
+    """sentencex 1.0.30 takes them for one byte, and breaks."""
+    text = "Plan A\N{NO-BREAK SPACE}. It works.\N{EM SPACE}B\N{EM SPACE}."
+    assert parts(text, "sentence")[-1].endswith("B\N{EM SPACE}.")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from flashtrace_plugin.errors import InputError
 from flashtrace_plugin.evaluation.tasks import Sample
 from flashtrace_plugin.evaluation.tasks.vocabulary import THINK_CLOSE
+from flashtrace_plugin.messages import check_encodable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
@@ -38,6 +39,7 @@ def load(weights: Path | None = None) -> "tuple[Qwen3ForCausalLM, PreTrainedToke
 
 def check_words(tokenizer: Any, text: str) -> None:
     """Raises InputError for words that the bundled model does not know: it would explain an answer to another text."""
+    check_encodable("text", text)
     known = tokenizer.get_vocab()
     unknown = list(dict.fromkeys(word for word in text.split() if word not in known))
     if unknown:

@@ -68,7 +68,7 @@ def graph_data(graph: Graph) -> dict[str, Any]:
     nodes: label, number of tokens, and for steps and the answer pairs of (node, share)
     """
     units = [unit.ranges for unit in graph.nodes]
-    owner = torch.full((len(graph.pieces),), -1)
+    owner = torch.full((len(graph.pieces),), -1, dtype=torch.long)
     places = unit_tokens(graph.pieces, units, [unit.content or unit.kind == "rest" for unit in graph.nodes])
     for node, tokens in enumerate(places):
         owner[tokens] = node

@@ -30,7 +30,7 @@ def total_mass(attribution: Attribution) -> Tensor:
     """
     hops, weights = attribution.hop_scores, attribution.hop_weights
     sums = hops.sum(1, keepdim=True)
-    ended = weights @ torch.where(sums > 0, hops / sums, torch.zeros(()))
+    ended = weights @ (hops / sums).masked_fill(sums <= 0, 0.0)
     if attribution.reasoning is not None and attribution.hops:
         where = attribution.reasoning.slice
         kept, followed = ended[where].sum(), weights[1:] @ hops[1:].any(1).float()

@@ -59,7 +59,7 @@ class Pieces:
     @cached_property
     def counts(self) -> Tensor:
         """How many tokens each piece has, in parts where it shares one. [pieces]"""
-        return self.sums(torch.ones(len(self.owner)))
+        return self.sums(torch.ones(len(self.owner), dtype=torch.float32))
 
     @cached_property
     def first(self) -> list[int]:

@@ -78,8 +78,8 @@ def _view(length: int, part: _Part) -> View:
     numbers = part.numbers.float()
     broken = int((~numbers.isfinite()).sum())
     note = part.note + (f"; {broken} positions have no number and count as 0" if broken else "")
-    numbers = torch.where(numbers.isfinite(), numbers, torch.zeros(()))
-    values = torch.zeros(length)
+    numbers = numbers.masked_fill(~numbers.isfinite(), 0.0)
+    values = torch.zeros(length, dtype=torch.float32)
     values[: len(numbers)] = numbers if part.signed else numbers.clamp(min=0)
     return View(part.group, part.label, note, values, part.signed, part.sources)
 

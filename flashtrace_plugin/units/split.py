@@ -65,16 +65,18 @@ def _paragraphs(text: str) -> list[str]:
 
 
 def _segmented(text: str) -> Iterator[str]:
-    """What sentencex makes of a text; it takes no half of a surrogate pair, so that is another character to it."""
+    """What sentencex makes of a text, less what it breaks on: halves of surrogate pairs, and wide spaces after one
+    letter (``A\\xa0.``). Each is another character to it, of the same kind."""
     from sentencex import segment
 
     at = 0
-    for piece in segment("en", _HALVES.sub("\N{REPLACEMENT CHARACTER}", text)):
+    for piece in segment("en", _HALVES.sub("\N{REPLACEMENT CHARACTER}", _SPACES.sub(" ", text))):
         yield text[at : at + len(piece)]
         at += len(piece)
 
 
 _HALVES = re.compile("[\ud800-\udfff]")
+_SPACES = re.compile(r"[^\S\x00-\x7f]")
 
 
 def _sentences(text: str) -> Iterator[str]:

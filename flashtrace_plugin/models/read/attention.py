@@ -147,7 +147,7 @@ def _keys(call: AttentionCall) -> _Keys:
     if isinstance(mask, BlockMask):
         return _interval(length, lambda rows, keys: mask.mask_mod(*_zeros(rows), rows, keys), call.q.device)
     if mask is None and not call.options.get("is_causal", True):
-        return None, torch.full((length,), length - 1, device=call.q.device)
+        return None, torch.full((length,), length - 1, dtype=torch.long, device=call.q.device)
     if "flash" in call.kernel:
         return _flash_start(call), None
     if mask is None:
