@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flashtrace_plugin.core.flow.components import final_stream_shares
 from flashtrace_plugin.errors import InputError
+from flashtrace_plugin.frames import as_frame
 from flashtrace_plugin.images import ImageTokens, overlay
 from flashtrace_plugin.saved import Saved, read_contents, read_images, read_saved, read_spans, short
 from flashtrace_plugin.spans import Span
@@ -306,10 +307,6 @@ class Attribution(OfModel):
 
         Raises InputError without pandas.
         """
-        try:
-            import pandas as pd
-        except ImportError as error:
-            raise InputError("to_frame() needs pandas; pip install 'flashtrace-plugin[evaluation]'") from error
         count = len(self.tokens)
         spans = {"prompt": self.prompt, "reasoning": self.reasoning, "target": self.target}
         part = [next((n for n, span in spans.items() if span is not None and i in span), "") for i in range(count)]
@@ -321,7 +318,8 @@ class Attribution(OfModel):
             "sink": [i in self.sinks for i in range(count)],
         }
         hops = {f"hop_{k}": values.tolist() for k, values in enumerate(self.hop_scores)}
-        return pd.DataFrame(columns | hops).rename_axis("position")
+        columns |= hops
+        return as_frame(zip(*columns.values(), strict=True), list(columns)).rename_axis("position")
 
     def plot(self, kind: str = "text", *, ax: Any = None) -> Any:
         """A small figure by matplotlib: along the "text", of the "hops" or of the "heads" by layer. result: its axes

@@ -18,7 +18,7 @@ ADAPTERS = {"flashtrace_inseq", "flashtrace_captum", "flashtrace_lens"}
 
 LAYERS = (
     {"errors"},
-    {"core", "spans", "positions", "formats", "images", "messages", "text", "saved", "served", "units"},
+    {"core", "spans", "positions", "formats", "images", "messages", "text", "saved", "served", "frames", "units"},
     {"attribution", "models"},
     {"methods"},
     {"loading", "reasoner", "evaluation", "report", "graph", "verify", "sources"},

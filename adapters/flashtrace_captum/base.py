@@ -44,6 +44,15 @@ class TokenScores:
     per_token: Tensor | None = None
     attribution: Attribution | None = None
 
+    def _repr_html_(self) -> str:
+        from flashtrace_plugin.report.displays import number, table, text
+
+        best = self.scores.argsort(descending=True, stable=True)[:10].tolist()
+        tokens = [""] * len(self.scores) if self.attribution is None else self.attribution.tokens
+        rows = [(i, tokens[i], float(self.scores[i])) for i in best]
+        title = f"The first {len(rows)} of {len(self.scores)} positions"
+        return table(title, {"position": str, "text": text, "importance": number}, rows)
+
 
 class TokenAttribution(CaptumAttribution, ABC):
     """Base of the methods that :class:`flashtrace_captum.LLMTraceAttribution` accepts.

@@ -151,6 +151,13 @@ class LLMTraceAttributionResult(LLMAttributionResult):
 
         return visualization_record(self, response)
 
+    def _repr_html_(self) -> str:
+        from flashtrace_plugin.report.displays import number, table, text
+
+        rows = [(one.position, one.token, one.score) for one in self.top(10)]
+        title = f"What “{self.answer_text.strip()}” rests on: the first of {len(self.input_tokens)} features"
+        return table(title, {"feature": str, "text": text, "importance": number}, rows)
+
     def __repr__(self) -> str:
         best = ", ".join(f"{t.token.strip()!r} {t.score:.3f}" for t in self.top(5))
         return (

@@ -113,6 +113,14 @@ class FlashTraceResult:
         order = values.argsort(descending=True, stable=True)[:k].tolist()
         return [(labels[i], float(values[i])) for i in order]
 
+    def _repr_html_(self) -> str:
+        from flashtrace_plugin.report.displays import number, table, text
+
+        found = self.attribution
+        title = f"What “{found.text(found.target).strip()}” rests on, by {found.method}"
+        rows = [(unit, label, value) for unit in self.units for label, value in self.top(5, unit=unit)]
+        return table(title, {"unit": text, "label": text, "importance": number}, rows)
+
     def _check_unit(self, unit: str) -> None:
         one_of("unit", unit, ("token", *_LACKING))
         if unit not in self.units:

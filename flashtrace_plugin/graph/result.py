@@ -15,6 +15,7 @@ from torch import Tensor
 from flashtrace_plugin.attribution import OfModel, plain
 from flashtrace_plugin.core.routes import all_routes, passing, widest_routes
 from flashtrace_plugin.errors import InputError
+from flashtrace_plugin.frames import as_frame
 from flashtrace_plugin.saved import Saved, read_saved, read_spans, short
 from flashtrace_plugin.spans import Span
 from flashtrace_plugin.units.scores import Unit, UnitScore, UnitScores
@@ -172,12 +173,13 @@ class Graph(OfModel):
         return verify_step(self, self._row(step), model, **options)
 
     def to_frame(self) -> pd.DataFrame:
-        """A row for each edge, from what rests on something to what that is: node, on, share, text, on_text."""
-        import pandas as pd
+        """A row for each edge, from what rests on something to what that is: node, on, share, text, on_text.
 
+        Raises InputError without pandas.
+        """
         columns = ("node", "on", "share", "text", "on_text")
         texts = [unit.text for unit in self.nodes]
-        return pd.DataFrame([(v, u, s, texts[v], texts[u]) for v, u, s in self.edges()], columns=columns)
+        return as_frame([(v, u, s, texts[v], texts[u]) for v, u, s in self.edges()], columns)
 
     def edges(self, at_least: float = 0.0) -> list[tuple[int, int, float]]:
         """Edges with mass: node, the earlier node that it rests on directly, and the share; only shares as large."""
@@ -265,6 +267,14 @@ class Graph(OfModel):
     def load(cls, path: str | Path) -> Graph:
         """Reads what :meth:`save` wrote. Raises InputError for another kind of file."""
         return cls.from_dict(read_saved(path, "Graph.save"))
+
+    def _repr_html_(self) -> str:
+        from flashtrace_plugin.report.displays import number, share, table, text
+
+        title = f"What “{self.answer.text}” rests on: {len(self.sources)} sources, {len(self.steps)} steps"
+        sources = table(title, {"share": share, "source": text}, [(one.share, one.unit.text) for one in self.top(5)])
+        routes = [(one.weight, " ← ".join(unit.text for unit in one.units)) for one in self.routes(3)]
+        return sources + table("Widest routes", {"weight": number, "route": text}, routes)
 
     def __repr__(self) -> str:
         best = ", ".join(f"{one.unit.text[:40]!r} {one.share:.1%}" for one in self.top(3))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from flashtrace_plugin.attribution import Attribution
 from flashtrace_plugin.errors import InputError
+from flashtrace_plugin.frames import as_frame
 from flashtrace_plugin.messages import check_messages
 from flashtrace_plugin.sources.explainer import explainer
 from flashtrace_plugin.text import Conversation, Messages, Where, as_conversation, render
@@ -15,6 +16,8 @@ from flashtrace_plugin.units.scores import UnitScore, UnitScores
 from flashtrace_plugin.units.targets import ToolCall
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from flashtrace_plugin.verify import Verification
 
 _FIRST_CALL = ToolCall(0)
@@ -66,6 +69,28 @@ class Blame:
         if self.verification is not None:
             parts.append(self.verification.sentence)
         return "\n\n".join(parts) + "\n"
+
+    def to_frame(self) -> pd.DataFrame:
+        """A row for each message, then for each sentence, then for the injection: part, message, role, text, share,
+        density.
+
+        Raises InputError without pandas.
+        """
+        return as_frame({"part": part, **_row(one)} for part, one in self._parts())
+
+    def _repr_html_(self) -> str:
+        from flashtrace_plugin.report.displays import share, table, text
+
+        rows = [(part, _where(one), one.share, one.unit.text) for part, one in self._parts()]
+        note = "" if self.verification is None else self.verification.sentence
+        columns = {"part": text, "where": text, "share": share, "text": text}
+        return table(f"What message {self.turn} comes from: “{_line(self.target)}”", columns, rows, note)
+
+    def _parts(self) -> list[tuple[str, UnitScore]]:
+        """Messages, sentences and the injection, each with what it is."""
+        messages = [("message", one) for one in self.messages if one.unit.content]
+        sentences = [("sentence", one) for one in self.sentences]
+        return messages + sentences + ([] if self.injection is None else [("injection", self.injection)])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, numbers and strings, ready for JSON."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from flashtrace_plugin.errors import InputError, SpanError
 from flashtrace_plugin.evaluation.metrics.deletion import replacement_token
 from flashtrace_plugin.evaluation.metrics.likelihood import token_log_likelihood
 from flashtrace_plugin.formats import chosen_formats
+from flashtrace_plugin.frames import as_frame
 from flashtrace_plugin.methods.base import Method
 from flashtrace_plugin.sources.explainer import explainer
 from flashtrace_plugin.spans import Chars, Span
@@ -23,6 +24,9 @@ from flashtrace_plugin.units.scores import SINKS, TEMPLATE, UnitScores
 from flashtrace_plugin.units.shares import unit_tokens
 from flashtrace_plugin.units.split import SPLITTERS, split
 from flashtrace_plugin.units.targets import Sentence
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 LEAST_EFFECT = 0.5
 """Nats per token of a sentence by which its log P must fall without the documents, else none is its source; see
@@ -161,6 +165,25 @@ class Citations:
             cursor = one.chars[1]
         notes = [f"[^{i}]: {self._note(one)}" for i, one in enumerate(self.sentences, start=1)]
         return "".join([*parts, self.answer[cursor:]]).strip() + "\n\n" + "\n".join(notes) + "\n"
+
+    def to_frame(self) -> pd.DataFrame:
+        """A row for each sentence and document: sentence, text, supported, document, share, cited, effect, quote.
+
+        Raises InputError without pandas.
+        """
+        columns = ("sentence", "text", "supported", "document", "share", "cited", "effect", "quote")
+        rows = (
+            (i, one.text, one.supported, d.name, d.share, d in one.sources, d.effect, d.sentence)
+            for i, one in enumerate(self.sentences)
+            for d in one.documents
+        )
+        return as_frame(rows, columns)
+
+    def _repr_html_(self) -> str:
+        from flashtrace_plugin.report.displays import table, text
+
+        rows = [(one.text, "; ".join(_told(s, one.effect) for s in one.sources) or _NONE) for one in self.sentences]
+        return table("Sentences of the answer and their sources", {"sentence": text, "sources": text}, rows)
 
     def _note(self, one: Citation) -> str:
         return "; ".join(_told(source, one.effect, "**") for source in one.sources) or f"*{_NONE}*{one._why}"

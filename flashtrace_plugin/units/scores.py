@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flashtrace_plugin.errors import InputError, SpanError
+from flashtrace_plugin.frames import as_frame
 from flashtrace_plugin.images import ImageTokens
 from flashtrace_plugin.spans import Chars, Span, occurrences
 from flashtrace_plugin.units.contents import Content, offsets_of
@@ -130,10 +131,21 @@ class UnitScores:
         return [self[i] for i in order[:k]]
 
     def to_frame(self) -> pd.DataFrame:
-        """A row for each unit: kind, name, message, start, stop, text, tokens, score, share, density."""
-        import pandas as pd
+        """A row for each unit: kind, name, message, start, stop, text, tokens, score, share, density.
 
-        return pd.DataFrame(self.to_dict()["units"])
+        Raises InputError without pandas.
+        """
+        return as_frame(self.to_dict()["units"])
+
+    def _repr_html_(self) -> str:
+        from flashtrace_plugin.report.displays import number, share, table, text
+
+        top = self.top(10)
+        rows = [(one.share, one.density, one.unit.name, one.unit.text) for one in top]
+        written = [one for one in self if one.unit.kind == TEMPLATE and one.score]
+        note = f"The chat template has {self.template_share:.1%} of all mass." if written else ""
+        title = f"{len(top)} of {len(self)} units, those with most mass first"
+        return table(title, {"share": share, "mass per token": number, "name": text, "text": text}, rows, note)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, numbers and strings, ready for JSON; characters count in the visible text."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from flashtrace_plugin.attribution import plain
 from flashtrace_plugin.evaluation.metrics.detection import middle_ranks
+from flashtrace_plugin.frames import as_frame
 from flashtrace_plugin.saved import Saved, read_saved
 
 if TYPE_CHECKING:
@@ -190,24 +191,39 @@ class Verification:
         return cls.from_dict(read_saved(path, "Verification.save"))
 
     def to_frame(self) -> pd.DataFrame:
-        """A row for each fraction: units, tokens, drop and share, log P with them kept, ranges of random ones."""
-        import pandas as pd
+        """A row for each fraction: units, tokens, drop and share, log P with them kept, ranges of random ones.
 
+        Raises InputError without pandas.
+        """
         drops, kept = self.random_drop, self.random_kept
-        return pd.DataFrame(
-            {
-                "fraction": self.fractions,
-                "units": [len(named) for named in self.named],
-                "tokens": [sum(self.tokens[i] for i in named) for named in self.named],
-                "drop": self.drop.tolist(),
-                "random_drop_low": drops.min(0).values.tolist(),
-                "random_drop_high": drops.max(0).values.tolist(),
-                "share": self.share.tolist(),
-                "kept": self.kept.tolist(),
-                "random_kept_low": kept.min(0).values.tolist(),
-                "random_kept_high": kept.max(0).values.tolist(),
-            }
-        )
+        columns = {
+            "fraction": self.fractions,
+            "units": [len(named) for named in self.named],
+            "tokens": [sum(self.tokens[i] for i in named) for named in self.named],
+            "drop": self.drop.tolist(),
+            "random_drop_low": drops.min(0).values.tolist(),
+            "random_drop_high": drops.max(0).values.tolist(),
+            "share": self.share.tolist(),
+            "kept": self.kept.tolist(),
+            "random_kept_low": kept.min(0).values.tolist(),
+            "random_kept_high": kept.max(0).values.tolist(),
+        }
+        return as_frame(zip(*columns.values(), strict=True), list(columns))
+
+    def _repr_html_(self) -> str:
+        from flashtrace_plugin.report.displays import Format, number, share, table, text
+
+        drops = self.random_drop
+        named = [len(one) for one in self.named]
+        ranges = [f"{_nats(low)} to {_nats(high)}" for low, high in zip(drops.min(0).values, drops.max(0).values)]
+        rows = zip(self.fractions, named, self.drop.tolist(), ranges, strict=True)
+        columns: dict[str, Format] = {
+            "fraction": share,
+            f"{self.unit}s": str,
+            "nats lost": number,
+            "random choices": text,
+        }
+        return table(self.sentence, columns, rows)
 
 
 _NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
