@@ -71,3 +71,21 @@ def test_results_of_transformer_lens():
 
     html = FlashTraceResult.of(FlashTrace(tiny("llama"), tiny_tokenizer()).attribute(PROMPT, GENERATION))._repr_html_()
     assert all(unit in html for unit in ("token", "head", "component", "L0H0")) and "<b>" not in html
+
+
+def test_the_result_of_captums_llm_attribution():
+    pytest.importorskip("captum")
+    from captum.attr import TextTemplateInput
+
+    from flashtrace_captum import FlashTrace as CaptumFlashTrace
+    from flashtrace_captum import LLMTraceAttribution
+    from flashtrace_plugin import reasoner
+
+    model, tokenizer = reasoner.load()
+    facts = TextTemplateInput("{} ; the grass is green . {} ; ? v12 think", ["v12 v7", "v7 84"])
+    generation = reasoner.answer(model, tokenizer, "v12 v7 ; the grass is green . v7 84 ; ? v12 think")
+    found = LLMTraceAttribution(CaptumFlashTrace(model), tokenizer).attribute(facts, target=generation)
+    html = found._repr_html_()
+    best = int(found.seq_attr.argmax())
+    assert html.index(["v12 v7", "v7 84"][best]) < html.index(["v12 v7", "v7 84"][1 - best])
+    assert f">{number(float(found.seq_attr.max()))}<" in html

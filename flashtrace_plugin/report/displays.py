@@ -16,12 +16,12 @@ Format = Callable[[Any], str]
 
 def text(value: Any) -> str:
     """A text on one line, cut where it is long; invisible characters become visible ones."""
-    return shorten(str(value), 120)
+    return shorten(str(value), 240)
 
 
 def number(value: float) -> str:
-    """Two decimals, enough for nats and densities beside each other."""
-    return f"{value + 0.0:.2f}"
+    """Three digits: small shares of long prompts are not zero."""
+    return f"{value + 0.0:.3g}"
 
 
 def share(value: float) -> str:
@@ -50,9 +50,9 @@ def _template() -> Template:
 
 
 _TABLE = """<div><p><strong>{{ title }}</strong></p>
-<table><thead><tr>{% for name, side in heads %}<th scope="col" style="text-align:{{ side }}">{{ name }}</th>\
-{% endfor %}</tr></thead><tbody>
-{% for row in rows %}<tr>{% for cell in row %}<td dir="auto" style="text-align:{{ heads[loop.index0][1] }}">{{ cell }}\
-</td>{% endfor %}</tr>
+<table><thead><tr>{% for name, side in heads %}
+<th scope="col" style="text-align:{{ side }};padding:0 .6em">{{ name }}</th>{% endfor %}</tr></thead><tbody>
+{% for row in rows %}<tr>{% for cell in row %}
+<td dir="auto" style="text-align:{{ heads[loop.index0][1] }};padding:0 .6em">{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table>{% for note in notes %}<p dir="auto">{{ note }}</p>{% endfor %}</div>
 """
