@@ -169,9 +169,9 @@ def test_models_without_a_language_model_head_and_other_objects_are_refused():
 
 
 def test_an_unknown_family_names_the_known_ones():
-    config = transformers.MambaConfig(vocab_size=512, hidden_size=16, num_hidden_layers=1, state_size=4)
-    with pytest.raises(UnsupportedModelError, match=r"'mamba' is not supported; supported are .*gpt2.*llama"):
-        FlashTrace(transformers.MambaForCausalLM(config)).attribute_ids(IDS, **SPANS)
+    config = transformers.RwkvConfig(vocab_size=512, hidden_size=16, num_hidden_layers=2, context_length=64)
+    with pytest.raises(UnsupportedModelError, match=r"'rwkv' is not supported; supported are .*gpt2.*llama"):
+        FlashTrace(transformers.RwkvForCausalLM(config)).attribute_ids(IDS, **SPANS)
 
 
 def test_activations_that_are_not_finite_are_refused():

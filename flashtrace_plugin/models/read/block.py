@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,21 +29,11 @@ class BlockRecorder:
 
     def __init__(self, block: nn.Module, layout: Layout, texts: Texts, name: str, masks: MaskReader) -> None:
         self.block, self.layout, self.texts, self.name = block, layout.of(block), texts, name
+        # Of the block alone: a recorder that its mixers hold keeps what was read until the garbage collector comes.
+        self.submodule = partial(_part, block, name)
         self.mixers = [MixerRecorder(one, self.submodule, texts, name, masks) for one in self.layout.mixers]
         self.post_gain = None if self.layout.post_norm is None else self._gain(self.layout.post_norm)
         self.seen: dict[str, Tensor] = {}
-
-    def submodule(self, path: str) -> nn.Module:
-        """A part of the block. Raises UnsupportedModelError, saying what the block has instead."""
-        try:
-            return self.block.get_submodule(path)
-        except AttributeError:
-            parts = ", ".join(name for name, _ in self.block.named_children())
-            raise UnsupportedModelError(
-                f"{self.name} has no {path!r}, only {parts}. If it mixes tokens by something else than the layout's "
-                "attention (linear attention, a state space model, a convolution), its Layout must say so: leaving it "
-                "out would lose what flows through it, so the model is refused"
-            ) from None
 
     def watched(self) -> list[tuple[str, nn.Module]]:
         """The modules that are noted, by their paths in the block."""
@@ -208,6 +199,19 @@ class BlockRecorder:
         if not isinstance(value, (int, float)):
             raise UnsupportedModelError(f"{self._told(name)} is no number to multiply by: {type(value).__name__}")
         return value
+
+
+def _part(block: nn.Module, name: str, path: str) -> nn.Module:
+    """A part of the block. Raises UnsupportedModelError, saying what the block has instead."""
+    try:
+        return block.get_submodule(path)
+    except AttributeError:
+        parts = ", ".join(name for name, _ in block.named_children())
+        raise UnsupportedModelError(
+            f"{name} has no {path!r}, only {parts}. If it mixes tokens by something else than the layout's "
+            "attention (linear attention, a state space model, a convolution), its Layout must say so: leaving it "
+            "out would lose what flows through it, so the model is refused"
+        ) from None
 
 
 def _scale(gain: Tensor | None, before: Tensor, after: Tensor) -> Tensor:
