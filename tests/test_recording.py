@@ -192,3 +192,16 @@ def test_a_bridge_is_recorded_and_its_hooks_are_watched():
     bridge.add_hook("blocks.1.hook_mlp_out", lambda activation, hook: activation * 1.5)
     with pytest.raises(InputError, match="hooks"):
         recording.attribute(**TARGETS[0])
+
+
+@pytest.mark.parametrize("method", [FlashTrace, LRP, Recommended])
+@pytest.mark.parametrize("family", ["qwen3_next:hybrid", "falcon_h1", "nemotron_h", "lfm2"])
+def test_hybrids_are_linearised_in_a_recording_as_in_a_call(family, method):
+    """What a recurrence makes of its values stays frozen for every target, not only where a call opens it."""
+    explain = method(tiny(family))
+    recording = explain.record_ids(random_ids(24), prompt_length=10)
+    for target in (Span(19, 24), Span(14, 16)):
+        fresh = explain.attribute_ids(random_ids(24), prompt_length=10, target=target)
+        torch.testing.assert_close(
+            recording.attribute(target=target).hop_scores, fresh.hop_scores, rtol=1e-4, atol=1e-6
+        )

@@ -23,6 +23,7 @@ from flashtrace_plugin.models.derive.relevance import (
     linearised,
     state_mark,
 )
+from flashtrace_plugin.models.derive.runner import Runner
 from flashtrace_plugin.models.read.source import Source
 
 
@@ -97,20 +98,21 @@ class KeptPasses(Passes):
         self, source: Source, ids: Tensor, rows: Tensor, rule: AttentionRule, memory_budget: int
     ) -> Iterator[Linearised]:
         """See :class:`Passes`; of several rules, the last one's pass is kept."""
-        with differentiating():
-            kept = self._linearised
-            if kept is None or kept.rule != rule or not _covers(kept.rows.cpu(), rows):
-                kept = self._linearise(source, ids, rows, rule, memory_budget)
-            yield kept
+        kept = self._linearised
+        if kept is not None and (kept.rule != rule or not _covers(kept.rows.cpu(), rows)):
+            kept = None
+        runner = source.runner(ids) if kept is None else kept.runner
+        with differentiating(runner):
+            yield kept or self._linearise(runner, ids, rows, rule, memory_budget)
 
     def _linearise(
-        self, source: Source, ids: Tensor, rows: Tensor, rule: AttentionRule, memory_budget: int
+        self, runner: Runner, ids: Tensor, rows: Tensor, rule: AttentionRule, memory_budget: int
     ) -> _Remembering:
         known = torch.arange(0) if self._linearised is None else self._linearised.rows.cpu()
         self._linearised = None
         every = torch.cat([rows, known, torch.arange(self.first, ids.shape[1] - 1)]).unique().to(ids.device)
         with self._timed():
-            found = _Remembering(source.runner(ids), ids.clone(), every, rule, min(memory_budget, self.max_bytes))
+            found = _Remembering(runner, ids.clone(), every, rule, min(memory_budget, self.max_bytes))
         self._linearised = found
         self._keep_within(found)
         return found

@@ -272,14 +272,14 @@ def linearised(
 
     No parameter gets a gradient.
     """
-    with differentiating(), frozen_recurrences(runner.model):
+    with differentiating(runner):
         yield Linearised(runner, input_ids.clone(), rows.to(input_ids.device).clone(), rule, memory_budget)
 
 
 @contextmanager
-def differentiating() -> Iterator[None]:
+def differentiating(runner: Runner) -> Iterator[None]:
     """The state in which a :class:`Linearised` is made and asked, whatever the caller's is."""
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad(), frozen_recurrences(runner.model):
         yield
 
 
