@@ -72,7 +72,8 @@ so long that a few backward passes do not fit, and `leave_one_out` or `attribot`
 
 AUROC: how often a token of the evidence scores above another one (chance .5). Specificity: of two answers in one
 generation, the share of the evidence's mass that lies on that of the explained one (chance .5); in brackets the number
-of targets. Cost: forward passes of the same model on the same text, the larger median of the models. Right and forced
+of targets. Cost: forward passes of the same model on the same text, the larger median of the models; it is timed, so
+on a machine that does other work it comes out too high, and methods are to be compared within a run. Right and forced
 answers count alike here; [results.md](results.md) tells them apart, [metrics.md](metrics.md) has the definitions,
 [recommended.md](recommended.md) says how the default was chosen. Written on {date} by
 `python -m flashtrace_plugin.evaluation.pages` from the folders of `flashtrace-plugin evaluate`.

@@ -111,8 +111,9 @@ RISE and no MAS.
 
 *random* is the floor. *answer key* scores 1 on evidence and question and 0 elsewhere; no method can know that, and it
 need not win deletion, which also rewards marks and words that the model leans on without being evidence. Cost is in
-forward passes of the same model on the same text. What holds for these small models need not hold elsewhere: look at
-the counts. Measurements with other counts are kept in [earlier-results.md](earlier-results.md).
+forward passes of the same model on the same text; on a machine that does other work it comes out too high. What holds
+for these small models need not hold elsewhere: look at the counts.
+Measurements with other counts are kept in [earlier-results.md](earlier-results.md).
 """
 
 _PAPERS = f"""
